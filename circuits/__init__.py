@@ -1,0 +1,60 @@
+"""Attribution graphs of transformer language models in which every step between two tokens is visible."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# In a checkout the sibling folders graph/, kernels/ and replacements/ are our subpackages;
+# in an installed copy they already lie beside this file.
+if (_checkout := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml").is_file():
+    __path__.append(str(_checkout))
+
+if TYPE_CHECKING:
+    from circuits.errors import CircuitsError
+    from circuits.graph import Graph, GraphError
+    from circuits.loading import Model, load
+    from circuits.replacements.errors import ReplacementError
+    from circuits.targets import Direction, FeatureTarget, TokenDifference, TokenTarget
+    from circuits.trace import TraceSettings, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CircuitsError",
+    "Direction",
+    "FeatureTarget",
+    "Graph",
+    "GraphError",
+    "Model",
+    "ReplacementError",
+    "TokenDifference",
+    "TokenTarget",
+    "TraceSettings",
+    "__version__",
+    "load",
+    "trace",
+]
+
+# Imported on first use, so that `circuits --help` does not wait for torch.
+_HOMES = {
+    "CircuitsError": "circuits.errors",
+    "Direction": "circuits.targets",
+    "FeatureTarget": "circuits.targets",
+    "Graph": "circuits.graph",
+    "GraphError": "circuits.graph",
+    "Model": "circuits.loading",
+    "ReplacementError": "circuits.replacements.errors",
+    "TokenDifference": "circuits.targets",
+    "TokenTarget": "circuits.targets",
+    "TraceSettings": "circuits.trace",
+    "load": "circuits.loading",
+    "trace": "circuits.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'circuits' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

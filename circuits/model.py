@@ -1,0 +1,171 @@
+"""The base model: a Hugging Face causal LM of a known family, its tokenizer, and its weights as plain tensors."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from circuits.errors import CircuitsError
+from circuits.families import Family, family_of, linear_parameters, norm_epsilon, part
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model: layers, model width, query heads, key-value heads, head width, vocabulary, context."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    vocabulary: int
+    context: int
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer's value and output weights in float32: `w_v` (K, E, D), `b_v` (K, E), `w_o` (H, E, D), `b_o` (D,)."""
+
+    w_v: Tensor
+    b_v: Tensor | None
+    w_o: Tensor
+    b_o: Tensor | None
+
+
+class BaseModel:
+    """A causal LM whose forward pass can be recorded and linearized.
+
+    Attributes
+    ----------
+    lm : the Hugging Face module, eager attention, evaluation mode
+    tokenizer : its tokenizer, or None when the folder has none
+    family, shape, name, device : what their types say
+    """
+
+    def __init__(self, lm: nn.Module, tokenizer: Any, name: str) -> None:
+        self.lm = lm.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        config: Any = lm.config
+        self.family: Family = family_of(config.model_type, name)
+        d_model, n_heads = int(config.hidden_size), int(config.num_attention_heads)
+        self.shape = Shape(
+            n_layers=int(config.num_hidden_layers),
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+            d_head=int(getattr(config, "head_dim", None) or d_model // n_heads),
+            vocabulary=int(config.vocab_size),
+            context=int(config.max_position_embeddings),
+        )
+        self.device = next(lm.parameters()).device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(cast(nn.ModuleList, part(self.lm, self.family.blocks)))
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """Token embedding (V, D), in the dtype that it is stored in."""
+        return cast(Tensor, part(self.lm, self.family.embedding).weight)
+
+    @cached_property
+    def unembedding(self) -> Tensor:
+        """Unembedding (V, D), in the dtype that it is stored in."""
+        return linear_parameters(part(self.lm, self.family.unembedding))[0]
+
+    @cached_property
+    def unembedding_mean(self) -> Tensor:
+        """Mean of the unembedding rows over the vocabulary, (D,) float32: it is taken off every logit's reader."""
+        return self.unembedding.float().mean(0)
+
+    def position_embedding(self, n: int) -> Tensor | None:
+        """Learned position embeddings of the first n positions, (n, D) float32, where the family has them."""
+        if self.family.position_embedding is None:
+            return None
+        return cast(Tensor, part(self.lm, self.family.position_embedding).weight)[:n].float()
+
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        """Value and output weights of one layer, split by head."""
+        shape, block = self.shape, self.blocks[layer]
+        w_v, b_v = linear_parameters(part(block, self.family.value))
+        index, parts = self.family.value_part
+        rows = slice(index * (w_v.shape[0] // parts), (index + 1) * (w_v.shape[0] // parts))
+        w_o, b_o = linear_parameters(part(block, self.family.attention_output))
+        return AttentionWeights(
+            w_v=w_v[rows].float().reshape(shape.n_kv_heads, shape.d_head, shape.d_model),
+            b_v=None if b_v is None else b_v[rows].float().reshape(shape.n_kv_heads, shape.d_head),
+            w_o=w_o.T.float().reshape(shape.n_heads, shape.d_head, shape.d_model),
+            b_o=None if b_o is None else b_o.float(),
+        )
+
+    def norm_parameters(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
+        """Gain (D,), bias (D,) or None, and epsilon of a norm, in float32."""
+        bias = cast("Tensor | None", getattr(module, "bias", None))
+        gain = cast(Tensor, module.weight).float()
+        return gain, None if bias is None else bias.float(), norm_epsilon(module)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over the configuration and every parameter, by name: the same weights give the same identity."""
+        digest = hashlib.sha256(json.dumps(self.lm.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.lm.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None = None) -> BaseModel:
+    """Load a local folder or a hub id with eager attention, in the stored dtype unless another is asked for.
+
+    Raises
+    ------
+    CircuitsError
+        When the folder is missing or incomplete, a weight file is damaged, or the family is not known.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if dtype is not None and dtype not in DTYPES:
+        raise CircuitsError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise CircuitsError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise CircuitsError(f"{name}: no model could be read there: {_first_line(error)}") from error
+    family_of(config.model_type, str(name))
+    try:
+        lm, report = AutoModelForCausalLM.from_pretrained(
+            name, attn_implementation="eager", dtype=DTYPES.get(dtype or "", "auto"), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CircuitsError(f"{name}: the model's weights could not be read: {_first_line(error)}") from error
+    for word in ("missing_keys", "mismatched_keys"):
+        if found := sorted(str(key) for key in report.get(word, ())):
+            raise CircuitsError(f"{name}: {word.replace('_', ' ')} in the weights: {', '.join(found[:5])}")
+    for key, tensor in lm.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CircuitsError(f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained")
+    return BaseModel(lm.to(device), load_tokenizer(name), str(name))
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a folder or hub id, or None when it has none (prompts are then given as token ids)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,167 @@
+"""One forward pass with everything kept that the linearized model needs.
+
+Shapes: L layers, S positions, D model width, H query heads, E head width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from circuits.errors import CircuitsError
+from circuits.families import part
+from circuits.model import BaseModel
+from circuits.replacements.dictionary import ReadSite
+
+
+@dataclass(frozen=True)
+class NormRecord:
+    """A norm with its denominator frozen: `scale` (S,) is one over the recorded denominator."""
+
+    gain: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    centred: bool
+
+    def apply(self, x: Tensor, positions: Tensor | slice, *, gain: bool = True) -> Tensor:
+        """The linear part on vectors (n, ..., D) that stand at `positions`: no norm bias."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.scale[positions].unsqueeze(-1)
+        return x * (scale * self.gain if gain else scale)
+
+    def pull(self, g: Tensor, positions: Tensor | slice, *, gain: bool = True) -> Tensor:
+        """The transpose of `apply`: covectors after the norm become covectors before it."""
+        scale = self.scale[positions].unsqueeze(-1)
+        g = g * (scale * self.gain if gain else scale)
+        return g - g.mean(-1, keepdim=True) if self.centred else g
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All of one forward pass, in float32: streams (L, S, D), patterns (L, H, S, S) as [query, key], norms."""
+
+    token_ids: Tensor
+    embedding: Tensor
+    resid_pre: Tensor
+    attn_out: Tensor
+    resid_mid: Tensor
+    mlp_out: Tensor
+    z: Tensor
+    patterns: Tensor
+    attention_norms: tuple[NormRecord, ...]
+    mlp_norms: tuple[NormRecord, ...]
+    final_norm: NormRecord
+    resid_final: Tensor
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.token_ids)
+
+    def norm_at(self, site: str, layer: int) -> NormRecord:
+        """The norm that reads a stream site."""
+        return (self.attention_norms if site == "resid_pre" else self.mlp_norms)[layer]
+
+    def read(self, read: ReadSite) -> Tensor:
+        """What a dictionary reads, (S, d_read)."""
+        value: Tensor = getattr(self, read.site.name)[read.site.layer]
+        if read.norm == "none":
+            return value
+        norm = self.norm_at(read.site.name, read.site.layer)
+        normed = norm.apply(value, slice(None), gain=read.norm == "full")
+        return normed + norm.bias if read.norm == "full" and norm.bias is not None else normed
+
+    def logits(self, model: BaseModel, position: int) -> Tensor:
+        """Logits (V,) at one position, without a final soft cap."""
+        return torch.mv(model.unembedding.float(), self.resid_final[position])
+
+
+@torch.no_grad()
+def record(model: BaseModel, token_ids: Tensor) -> Recording:
+    """Run the model once on token ids (S,) and keep streams, patterns and norm denominators in float32.
+
+    Blocks stored in half precision are cast up one at a time, so the recording is a float32 computation
+    whatever the weights are stored in.
+    """
+    family, blocks = model.family, model.blocks
+    kept: dict[str, list[Tensor]] = {
+        name: [] for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z", "patterns")
+    }
+    final: list[Tensor] = []
+    handles = []
+
+    def before(module: nn.Module, keep: Callable[[Tensor], None]) -> None:
+        handles.append(module.register_forward_pre_hook(lambda _, args, kwargs: keep(_first(args, kwargs)),
+                                                        with_kwargs=True))  # fmt: skip
+
+    for block in blocks:
+        before(block, lambda x: kept["resid_pre"].append(x[0].clone()))
+        before(part(block, family.attention_output), lambda x: kept["z"].append(x[0].clone()))
+        before(part(block, family.mlp_norm), lambda x: kept["resid_mid"].append(x[0].clone()))
+
+        def keep_attention(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
+            if output[1] is None:
+                raise CircuitsError(f"{model.name} gave no attention patterns; load it with attn_implementation='eager'")
+            kept["attn_out"].append(output[0][0].clone())
+            kept["patterns"].append(output[1][0].clone())
+
+        handles.append(part(block, family.attention).register_forward_hook(keep_attention))
+        handles.append(
+            part(block, family.mlp).register_forward_hook(
+                lambda _, __, output: kept["mlp_out"].append((output[0] if output.ndim == 3 else output).clone())
+            )
+        )
+    before(part(model.lm, family.final_norm), lambda x: final.append(x[0].clone()))
+    embedding_module = part(model.lm, family.embedding)
+    try:
+        with cast_up(model):
+            embedding = embedding_module(token_ids[None]).float()
+            output = part(model.lm, family.trunk)(inputs_embeds=embedding, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stacked = {name: torch.stack(values) for name, values in kept.items()}
+    norms = [
+        [_norm(model, part(block, path), x) for block, x in zip(blocks, stacked[site], strict=True)]
+        for path, site in ((family.attention_norm, "resid_pre"), (family.mlp_norm, "resid_mid"))
+    ]
+    return Recording(
+        token_ids=token_ids,
+        embedding=embedding[0],
+        attention_norms=tuple(norms[0]),
+        mlp_norms=tuple(norms[1]),
+        final_norm=_norm(model, part(model.lm, family.final_norm), final[0]),
+        resid_final=output.last_hidden_state[0].float(),
+        **stacked,
+    )
+
+
+@contextmanager
+def cast_up(model: BaseModel) -> Iterator[None]:
+    """Within the context every block and the final norm compute in float32, cast up only while they run."""
+    handles = []
+    for module in [*model.blocks, part(model.lm, model.family.final_norm)]:
+        stored = next(module.parameters()).dtype
+        if stored != torch.float32:
+            handles.append(module.register_forward_pre_hook(lambda m, _: m.float() and None))
+            handles.append(module.register_forward_hook(lambda m, _, __, dtype=stored: m.to(dtype) and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    value: Tensor = args[0] if args else kwargs["hidden_states"]
+    return value
+
+
+def _norm(model: BaseModel, module: nn.Module, x: Tensor) -> NormRecord:
+    gain, bias, epsilon = model.norm_parameters(module)
+    centred = model.family.norm == "layer"
+    deviation = x - x.mean(-1, keepdim=True) if centred else x
+    return NormRecord(gain, bias, (deviation.pow(2).mean(-1) + epsilon).rsqrt(), centred)

@@ -1,0 +1,201 @@
+"""One sweep from the top: influence, scores and the ledger, without ever holding the matrix (DESIGN.md section 4).
+
+Influence flows down the rows, `influence(i) = sum_t (influence(t) + start(t)) |w_ti| / sum_j |w_tj|`. Targets are
+expanded from the top layer down, so the influence of each is final when its turn comes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.linearize import LinearizedModel, read_depth
+from circuits.nodes import ERROR_KINDS, NodeTable
+from circuits.rows import RowBlock, Rows, Targets
+from circuits.targets import Readers, stack
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TargetList:
+    """All targets of a sweep. Output targets are numbered after the nodes: n, n + 1, ...
+
+    `outputs` are the readers of the output targets in that order; `start` (n + outputs,) is the starting influence.
+    """
+
+    outputs: Sequence[Readers]
+    start: np.ndarray
+
+    @property
+    def n_outputs(self) -> int:
+        return sum(len(readers.positions) for readers in self.outputs)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep finds, over the n nodes and the output targets after them.
+
+    `influence` is what flows in from targets above, without the starting influence. `pre_activation` and `bias` are
+    of the targets that were expanded, NaN elsewhere. `left_out` is the influence of the targets that were not.
+    """
+
+    influence: np.ndarray
+    pre_activation: np.ndarray
+    bias: np.ndarray
+    expanded: np.ndarray
+    replacement_score: float
+    completeness_score: float
+    max_relative_gap: float
+    left_out: float
+
+
+class Sweep:
+    """Expands targets of one prompt, a layer at a time, from the top down."""
+
+    def __init__(self, linear: LinearizedModel, table: NodeTable, targets: TargetList) -> None:
+        self.linear, self.table, self.targets = linear, table, targets
+        self.rows = Rows(linear, table)
+        self.device = table.constants[0].device
+        self.is_error = torch.from_numpy(np.isin(table.kind, ERROR_KINDS)).to(self.device)
+
+    def run(
+        self, left_out: float, *, on_rows: Callable[[RowBlock], None] | None = None, progress: Progress | None = None
+    ) -> Swept:
+        """Sweep all targets but those whose summed influence stays within `left_out`; 0 expands every target.
+
+        on_rows
+            Called with every block of rows, for those who want to keep them.
+        progress
+            Called with (targets done, targets in all).
+        """
+        n = len(self.table)
+        total = n + self.targets.n_outputs
+        influence, complete = np.zeros(total), np.ones(total)
+        pre_activation, bias = np.full(total, np.nan), np.full(total, np.nan)
+        expanded = np.zeros(total, dtype=bool)
+        worst, spent, done = 0.0, 0.0, 0
+        groups = [*self._output_groups(), *self._feature_groups()]
+        in_all = sum(len(nodes) for nodes, _ in groups)
+        for place, (nodes, build) in enumerate(groups):
+            mass = influence[nodes] + self.targets.start[nodes]
+            kept = _worth_expanding(mass, (left_out - spent) / (len(groups) - place)) if left_out else nodes == nodes
+            spent += float(mass[~kept].sum())
+            complete[nodes[~kept]] = 0.0
+            if kept.any():
+                for block in self.rows.blocks(build(np.flatnonzero(kept))):
+                    at = block.targets.nodes.cpu().numpy()
+                    shares, error_share = self._shares(block)
+                    flow = torch.from_numpy(influence[at] + self.targets.start[at]).to(self.device)
+                    columns = slice(block.first, block.first + block.weights.shape[1])
+                    influence[columns] += (flow @ shares.double()).cpu().numpy()
+                    complete[at] = 1.0 - error_share.double().cpu().numpy()
+                    pre_activation[at] = block.targets.values.cpu().numpy()
+                    bias[at] = block.bias.cpu().numpy()
+                    expanded[at] = True
+                    worst = max(worst, float(block.gaps().max()))
+                    if on_rows is not None:
+                        on_rows(block)
+            done += len(nodes)
+            if progress is not None:
+                progress(done, in_all)
+        outflow = influence + self.targets.start
+        tokens = float(influence[:n][self.table.kind == "embedding"].sum())
+        errors = float(influence[:n][np.isin(self.table.kind, ERROR_KINDS)].sum())
+        return Swept(
+            influence=influence,
+            pre_activation=pre_activation,
+            bias=bias,
+            expanded=expanded,
+            replacement_score=tokens / max(tokens + errors, 1e-30),
+            completeness_score=float((complete * outflow).sum() / max(outflow.sum(), 1e-30)),
+            max_relative_gap=worst,
+            left_out=spent,
+        )
+
+    def rows_of(self, wanted: np.ndarray) -> Iterator[RowBlock]:
+        """Rows of some targets only: `wanted` is a mask over nodes and output targets."""
+        for nodes, build in [*self._output_groups(), *self._feature_groups()]:
+            kept = np.flatnonzero(wanted[nodes])
+            if len(kept):
+                yield from self.rows.blocks(build(kept))
+
+    def _shares(self, block: RowBlock) -> tuple[Tensor, Tensor]:
+        """Each row's absolute weights normalised to one, and the share of them that comes from error nodes."""
+        shares = block.weights.abs()
+        shares /= shares.sum(1, keepdim=True).clamp(min=1e-30)
+        errors = self.is_error[block.first : block.first + shares.shape[1]]
+        return shares, shares[:, errors].sum(1)
+
+    def _output_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
+        groups = []
+        first = len(self.table)
+        for readers in self.targets.outputs:
+            nodes = np.arange(first, first + len(readers.positions))
+            groups.append((nodes, self._output_builder(readers, nodes)))
+            first += len(nodes)
+        return groups
+
+    def _output_builder(self, readers: Readers, nodes: np.ndarray) -> Callable[[np.ndarray], Targets]:
+        positions, covectors, constants = stack(readers, self.device)
+        values = torch.tensor(readers.values, device=self.device)
+        whole = Targets(readers.depth, torch.from_numpy(nodes).to(self.device), positions, values, constants, covectors)
+        return lambda index: whole.take(torch.from_numpy(index).to(self.device))
+
+    def _feature_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
+        """Feature nodes by dictionary, from the top down; those of a layer's MLP before those of its attention."""
+        groups = []
+        table = self.table
+        for index in np.unique(table.dictionary[table.dictionary >= 0]):
+            nodes = np.flatnonzero(table.dictionary == index)
+            groups.append((int(table.depth[nodes[0]]), int(index), nodes))
+        groups.sort(key=lambda group: (-group[0], group[1]))
+        return [(nodes, self._feature_builder(index, nodes)) for _, index, nodes in groups]
+
+    def _feature_builder(self, index: int, nodes: np.ndarray) -> Callable[[np.ndarray], Targets]:
+        def build(chosen: np.ndarray) -> Targets:
+            return feature_targets(self.linear, self.table, index, nodes[chosen], self.device)
+
+        return build
+
+
+def feature_targets(
+    linear: LinearizedModel, table: NodeTable, index: int, nodes: np.ndarray, device: torch.device
+) -> Targets:
+    """Readers of some feature nodes of one dictionary."""
+    dictionary = linear.dictionaries[index]
+    recording = linear.recording
+    features = torch.from_numpy(table.feature[nodes]).to(device)
+    positions = torch.from_numpy(table.position[nodes]).to(device)
+    values = torch.from_numpy(table.pre_activation[nodes]).to(device)
+    constants = dictionary.encoder_bias(features)
+    readers = dictionary.encoder_rows(features)
+    number = torch.from_numpy(nodes).to(device)
+    site, layer = dictionary.read.site.name, dictionary.layer
+    if site in ("attn_out", "z"):
+        attention = linear.attention[layer]
+        if site == "z":
+            heads = readers.unflatten(-1, (linear.model.shape.n_heads, linear.model.shape.d_head))
+        else:
+            heads = attention.head_readers(readers)
+            if attention.weights.b_o is not None:
+                constants = constants + readers @ attention.weights.b_o
+        return Targets(2 * layer + 1, number, positions, values, constants, heads=heads, attention_layer=layer)
+    if dictionary.read.norm != "none":
+        norm = recording.norm_at(site, layer)
+        full = dictionary.read.norm == "full"
+        if full and norm.bias is not None:
+            constants = constants + readers @ norm.bias
+        readers = norm.pull(readers, positions, gain=full)
+    return Targets(read_depth(site, layer), number, positions, values, constants, readers)
+
+
+def _worth_expanding(mass: np.ndarray, allowance: float) -> np.ndarray:
+    """All but the weakest targets whose masses add up to at most `allowance`."""
+    order = np.argsort(mass, kind="stable")
+    skipped = order[np.cumsum(mass[order]) <= allowance]
+    kept = np.ones(len(mass), dtype=bool)
+    kept[skipped] = False
+    return kept

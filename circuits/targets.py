@@ -1,0 +1,189 @@
+"""What a graph explains: tokens of the output, a difference of two tokens, feature nodes, or any direction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from circuits.errors import CircuitsError
+from circuits.linearize import LinearizedModel, read_depth
+from circuits.prompt import Prompt, token_texts
+from circuits.recording import Recording
+
+AUTOMATIC_MASS, AUTOMATIC_COUNT = 0.95, 10
+
+
+@dataclass(frozen=True)
+class TokenTarget:
+    """The logit of one token, less the mean over the vocabulary, at a position (default: the last)."""
+
+    token_id: int
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """The logit of one token less that of another, at a position (default: the last)."""
+
+    token_id: int
+    other_id: int
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A covector (D,) of the stream at a position; `site` is `resid_final` (after the final norm), or a raw stream
+    site such as `resid_pre.2`, `resid_mid.0` or `resid_post.3`."""
+
+    vector: Tensor
+    position: int = -1
+    site: str = "resid_final"
+    name: str = "direction"
+
+
+@dataclass(frozen=True)
+class FeatureTarget:
+    """A feature node: the `kind` of its node, layer, position and feature number."""
+
+    kind: str
+    layer: int
+    feature: int
+    position: int = -1
+
+
+Target = TokenTarget | TokenDifference | Direction | FeatureTarget
+
+
+@dataclass
+class Readers:
+    """Output readers at one depth, (B, ...): local stream covectors with constant, recorded value and labels.
+
+    `weight` is the starting influence: the probability of a token, shared equally otherwise.
+    """
+
+    depth: int
+    positions: list[int] = field(default_factory=list)
+    covectors: list[Tensor] = field(default_factory=list)
+    constants: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+
+
+def automatic_targets(linear: LinearizedModel, positions: Sequence[int] = (-1,)) -> list[Target]:
+    """The top tokens at each position up to 95 % of the probability, at most ten."""
+    targets: list[Target] = []
+    for position in positions:
+        probabilities = output_probabilities(linear, _place(position, linear.recording))
+        top, ids = probabilities.topk(AUTOMATIC_COUNT)
+        count = int((top.cumsum(0) < AUTOMATIC_MASS).sum()) + 1
+        targets += [TokenTarget(int(i), position) for i in ids[:count].tolist()]
+    return targets
+
+
+def output_probabilities(linear: LinearizedModel, position: int) -> Tensor:
+    """Probabilities (V,) of the next token at a position."""
+    return linear.recording.logits(linear.model, position).softmax(-1)
+
+
+def output_readers(linear: LinearizedModel, prompt: Prompt, targets: Sequence[Target]) -> list[Readers]:
+    """Token and direction targets as stream covectors, grouped by the depth that they read below."""
+    groups: dict[int, Readers] = {}
+    for target in targets:
+        if isinstance(target, FeatureTarget):
+            continue
+        position = _place(target.position, linear.recording)
+        site = target.site if isinstance(target, Direction) else "resid_final"
+        depth = _depth(site, linear.model.shape.n_layers)
+        readers = groups.setdefault(depth, Readers(depth))
+        reader, token_id, label, probability = _describe(linear, prompt, target, position)
+        _add_reader(linear, readers, site, reader, position)
+        readers.token_ids.append(token_id)
+        readers.labels.append(label)
+        readers.probabilities.append(probability)
+        readers.weights.append(probability if isinstance(target, TokenTarget) else 1.0)
+    return [groups[depth] for depth in sorted(groups, reverse=True)]
+
+
+def _describe(
+    linear: LinearizedModel, prompt: Prompt, target: TokenTarget | TokenDifference | Direction, position: int
+) -> tuple[Tensor, int, str, float]:
+    model = linear.model
+    if isinstance(target, Direction):
+        if target.vector.shape != (model.shape.d_model,):
+            raise CircuitsError(
+                f"direction {target.name!r} has shape {tuple(target.vector.shape)}, expected ({model.shape.d_model},)"
+            )
+        return target.vector.float().to(model.device), -1, target.name, float("nan")
+    named = [target.token_id] + ([target.other_id] if isinstance(target, TokenDifference) else [])
+    for token_id in named:
+        if not 0 <= token_id < model.shape.vocabulary:
+            raise CircuitsError(f"target token id {token_id} is not in the vocabulary of {model.shape.vocabulary}")
+    rows = model.unembedding[named].float()
+    texts = token_texts(model, named)
+    if isinstance(target, TokenDifference):
+        return rows[0] - rows[1], target.token_id, " minus ".join(texts), float("nan")
+    probability = float(output_probabilities(linear, position)[target.token_id])
+    return rows[0] - model.unembedding_mean, target.token_id, texts[0], probability
+
+
+def _add_reader(linear: LinearizedModel, readers: Readers, site: str, reader: Tensor, position: int) -> None:
+    recording = linear.recording
+    constant = 0.0
+    if site == "resid_final":
+        value = float(reader @ recording.resid_final[position])
+        norm = recording.final_norm
+        if norm.bias is not None:
+            constant = float(reader @ norm.bias)
+        reader = norm.pull(reader, slice(position, position + 1))[0]
+    else:
+        name, _, layer = site.partition(".")
+        value = float(reader @ _stream(recording, name, int(layer))[position])
+    readers.positions.append(position)
+    readers.covectors.append(reader)
+    readers.constants.append(constant)
+    readers.values.append(value)
+
+
+def _stream(recording: Recording, name: str, layer: int) -> Tensor:
+    if name == "resid_post":
+        return recording.resid_mid[layer] + recording.mlp_out[layer]
+    stream: Tensor = getattr(recording, name)[layer]
+    return stream
+
+
+def _depth(site: str, n_layers: int) -> int:
+    if site == "resid_final":
+        return 2 * n_layers + 1
+    name, _, layer = site.partition(".")
+    if name not in ("resid_pre", "resid_mid", "resid_post") or not layer.isdigit() or int(layer) >= n_layers:
+        raise CircuitsError(
+            f"a direction cannot be read at {site!r}; use resid_final or resid_pre.L, resid_mid.L, resid_post.L "
+            f"with L below {n_layers}"
+        )
+    return read_depth(name, int(layer))
+
+
+def _place(position: int, recording: Recording) -> int:
+    n = recording.n_positions
+    if not -n <= position < n:
+        raise CircuitsError(f"target position {position} is outside the prompt of {n} tokens")
+    return position % n
+
+
+def feature_places(targets: Sequence[Target], recording: Recording) -> list[FeatureTarget]:
+    """The feature targets with their positions counted from the front."""
+    found = [target for target in targets if isinstance(target, FeatureTarget)]
+    return [FeatureTarget(t.kind, t.layer, t.feature, _place(t.position, recording)) for t in found]
+
+
+def stack(readers: Readers, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions (B,), covectors (B, D) and constants (B,) of a group as tensors."""
+    return (
+        torch.tensor(readers.positions, device=device),
+        torch.stack(readers.covectors),
+        torch.tensor(readers.constants, device=device),
+    )

@@ -1,0 +1,158 @@
+"""Train the embedded default language model: a small Llama on stories, books and tasks that need attention.
+
+    python examples/default/train_model.py --text ../shared/data/text --out build/model
+
+Repeated sequences are 42 % of the mix until induction appears, then 8 %. Writes a checkpoint every 100 steps and
+resumes from it.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import tasks
+import torch
+from corpus import Corpus, Rows, train_tokenizer
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WIDTH = 256
+EARLY = {"stories": 0.22, "books": 0.14, "repeated": 0.42, "templates": 0.22}
+LATE = {"stories": 0.42, "books": 0.36, "repeated": 0.08, "templates": 0.14}
+
+
+def build(vocabulary: int, layers: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor,
+            weight: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    logits = model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    weight = weight[:, :-1].flatten()
+    return (losses * weight).sum() / weight.sum()
+
+
+def tensors(batch: Rows) -> tuple[torch.Tensor, ...]:
+    tokens, positions, document = (torch.from_numpy(x) for x in (batch.tokens, batch.positions, batch.document))
+    width = tokens.shape[1]
+    same = document[:, None, :, None] == document[:, None, None, :]
+    mask = torch.where(same & torch.ones(width, width, dtype=torch.bool).tril(), 0.0, -1e9)
+    return tokens, positions, mask, torch.from_numpy(batch.weight)
+
+
+@torch.no_grad()
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: int) -> dict[str, float]:
+    """Loss on held-out text and accuracy on held-out task prompts."""
+    model.eval()
+    rng = random.Random(7)
+    figures = {}
+    for shelf in ("stories", "books"):
+        corpus.rng.seed(11)
+        figures[f"loss {shelf}"] = float(loss_of(model, *tensors(corpus.rows(count // 5, WIDTH, {shelf: 1.0}))))
+    hits = []
+    for _ in range(count // 5):
+        period = rng.choice((20, 40, 60))
+        ids = [rng.choice(corpus.vocabulary) for _ in range(period)] * 2
+        top = model(torch.tensor([[corpus.bos, *ids]])).logits[0, period + 1 : -1].argmax(-1)
+        hits.append((top == torch.tensor(ids[period + 1 :])).float().mean())
+    figures["induction"] = float(np.mean(hits))
+    for task in tasks.TEMPLATES:
+        right = 0
+        stream = tasks.prompts(task, rng, held_out=True)
+        for _ in range(count):
+            prompt = next(stream)
+            ids = [corpus.bos, *tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
+            answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"][0]
+            right += int(model(torch.tensor([ids])).logits[0, -1].argmax()) == answer
+        figures[task] = right / count
+    model.train()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2100)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    if not (args.out / "tokenizer.json").exists():
+        train_tokenizer(tasks.documents(args.text, held_out=False), args.vocabulary, args.seed).save_pretrained(args.out)
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    train = Corpus(args.text, tokenizer, held_out=False, seed=args.seed)
+    test = Corpus(args.text, tokenizer, held_out=True, seed=args.seed)
+    print({shelf: sum(map(len, parts)) for shelf, parts in train.shelves.items()}, "training tokens", flush=True)
+
+    model = build(len(tokenizer), args.layers)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.rate, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    state = {"step": 0, "induced": False}
+    checkpoint = args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        adam.load_state_dict(saved["adam"])
+        state = saved["state"]
+        train.rng.seed(args.seed + 1000 + state["step"])
+    compiled = torch.compile(loss_of, dynamic=False)
+    started, first, running = time.time(), state["step"], 0.0
+    for step in range(state["step"], args.steps):
+        rate = args.rate * min(1.0, (step + 1) / 80) * min(1.0, max(0.02, (args.steps - step) / (0.5 * args.steps)))
+        shares = LATE if state["induced"] else EARLY
+        loss = compiled(model, *tensors(train.rows(args.rows, WIDTH, shares)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        model.zero_grad(set_to_none=True)
+        running += 0.05 * (loss.item() - running) if running else loss.item()
+        if (step + 1) % 10 == 0:
+            speed = args.rows * WIDTH * (step + 1 - first) / (time.time() - started)
+            print(f"step {step + 1} loss {running:.3f} rate {rate:.5f} {speed:.0f} tok/s", flush=True)
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            last = step + 1 == args.steps
+            figures = measure(model, tokenizer, test, 200 if last else 50)
+            state = {"step": step + 1, "induced": state["induced"] or figures["induction"] > 0.9}
+            print(json.dumps({"step": step + 1, **{k: round(v, 4) for k, v in figures.items()}}), flush=True)
+            torch.save(
+                {"model": model.state_dict(), "adam": adam.state_dict(), "state": state},
+                checkpoint,
+            )
+    model.to(torch.float16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

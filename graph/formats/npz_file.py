@@ -1,0 +1,117 @@
+"""`graph.npz`: the columns as arrays, for numbers.
+
+One array a node column under its own name, the edges as `source`, `target`, `weight`, the loadings as `head_edge`,
+`head_layer`, `head`, `head_key`, `head_query`, `head_weight`, a pattern as `pattern_{layer}_{head}`, and the rest as
+JSON in the one string of `graph`. No pickles, so reading a file runs nothing; no timestamps, so the same graph
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from circuits.graph.errors import GraphError
+from circuits.graph.formats.whole_file import read_whole, write_whole
+from circuits.graph.graph import Graph
+from circuits.graph.tables import EDGE_COLUMNS, HEAD_COLUMNS, NODE_COLUMNS, Edges, Heads, Nodes
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def write(graph: Graph, path: Path) -> None:
+    """Write the graph as a compressed npz archive.
+
+    Raises:
+        GraphError: The metadata cannot be JSON, or the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, values in _arrays(graph).items():
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=_EPOCH)
+            member.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(member, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, values, version=(1, 0), allow_pickle=False)
+    write_whole(path, buffer.getvalue())
+
+
+def read(path: Path) -> Graph:
+    """Read a graph that `write` has written.
+
+    Raises:
+        GraphError: The file is missing, truncated, no npz archive, or no graph of ours.
+    """
+    content = read_whole(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise GraphError(f"{path}: is no complete npz file ({error}). Trace the prompt again.") from error
+    try:
+        return _graph(arrays)
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise GraphError(f"{path}: has no array {error}; expected a graph.npz that `circuits` has written.") from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise GraphError(f"{path}: array 'graph' is not what it should be ({error}). Trace again.") from error
+
+
+def head_name(column: str) -> str:
+    """The name in the archive of a column of the loadings."""
+    return "head" if column == "head" else f"head_{column}"
+
+
+def _arrays(graph: Graph) -> dict[str, npt.NDArray[Any]]:
+    head = {
+        "prompt": graph.prompt,
+        "tokens": graph.tokens,
+        "token_ids": graph.token_ids,
+        "n_layers": graph.n_layers,
+        "metadata": graph.metadata,
+    }
+    try:
+        text = json.dumps(head, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise GraphError(
+            f"metadata cannot be written as JSON ({error}). Keep only text, finite numbers, lists and dictionaries."
+        ) from error
+    arrays = {"graph": np.array(text)}
+    arrays |= {name: _narrow(values) for name, values in graph.nodes.columns().items()}
+    arrays |= graph.edges.columns()
+    arrays |= {head_name(name): values for name, values in graph.heads.columns().items()}
+    for (layer, head_index), pattern in sorted(graph.patterns.items()):
+        arrays[f"pattern_{layer}_{head_index}"] = pattern.astype(np.float32)
+    return arrays
+
+
+def _narrow(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Text in the narrowest type that holds it, so that equal columns have equal bytes."""
+    return np.array(values.tolist(), dtype=np.str_) if values.dtype.kind == "U" else values
+
+
+def _graph(arrays: dict[str, npt.NDArray[Any]]) -> Graph:
+    head = json.loads(str(arrays["graph"]))
+    patterns = {}
+    for name in sorted(arrays):
+        if name.startswith("pattern_"):
+            layer, head_index = name.removeprefix("pattern_").split("_")
+            patterns[int(layer), int(head_index)] = arrays[name]
+    return Graph(
+        prompt=head["prompt"],
+        tokens=tuple(head["tokens"]),
+        token_ids=tuple(head["token_ids"]),
+        n_layers=head["n_layers"],
+        nodes=Nodes(**{name: arrays[name] for name in NODE_COLUMNS}),
+        edges=Edges(**{name: arrays[name] for name in EDGE_COLUMNS}),
+        heads=Heads(**{name: arrays[head_name(name)] for name in HEAD_COLUMNS}),
+        patterns=patterns,
+        metadata=head["metadata"],
+    )

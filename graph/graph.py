@@ -1,0 +1,178 @@
+"""The attribution graph: nodes, edges, head loadings, attention patterns, and what is known about them.
+
+    graph.prune()            the part that carries the influence
+    graph.to_networkx()      a networkx.DiGraph with every column as an attribute, and back
+    graph.save("g.json")     one of the formats in circuits.graph.formats, by suffix
+    Graph.load("g.json")     and back, without the model
+
+Shapes: `n` nodes, `m` edges, `k` head loadings, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from circuits.graph.errors import GraphError
+from circuits.graph.tables import Booleans, Edges, Float32, Heads, Nodes
+
+if TYPE_CHECKING:
+    import networkx
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """An attribution graph on one prompt.
+
+    Attributes:
+        prompt: The text that the user gave.
+        tokens: Text of each token.
+        token_ids: Id of each token.
+        n_layers: Number of layers of the model.
+        nodes: The nodes, `n` rows.
+        edges: The edges, `m` rows, at most one for a pair of nodes.
+        heads: The head loadings, `k` rows, brought into the order of the edges.
+        patterns: (T, T) attention patterns, [query, key], by (layer, head), for the heads named in `heads`.
+        metadata: Anything that JSON can hold: versions, model, replacements, settings, scores, ledger, and so on.
+
+    Raises:
+        GraphError: The parts do not fit together.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    n_layers: int
+    nodes: Nodes
+    edges: Edges
+    heads: Heads
+    patterns: dict[tuple[int, int], Float32] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together, and sort the loadings by edge."""
+        n_tokens = len(self.tokens)
+        if n_tokens != len(self.token_ids):
+            raise GraphError(f"Graph has {n_tokens} tokens and {len(self.token_ids)} token_ids; expected as many.")
+        _in_range("Nodes.position", self.nodes.position, n_tokens, "the prompt's tokens")
+        _in_range("Edges.source", self.edges.source, len(self.nodes), "the nodes")
+        _in_range("Edges.target", self.edges.target, len(self.nodes), "the nodes")
+        _in_range("Heads.edge", self.heads.edge, len(self.edges), "the edges")
+        _in_range("Heads.key", self.heads.key, n_tokens, "the prompt's tokens")
+        _in_range("Heads.query", self.heads.query, n_tokens, "the prompt's tokens")
+        pairs = self.edges.target.astype(np.int64) * max(len(self.nodes), 1) + self.edges.source
+        if (twice := len(pairs) - len(np.unique(pairs))) > 0:
+            raise GraphError(f"Edges has {twice} pairs of nodes more than once; add their weights up to one edge.")
+        if np.any(np.diff(self.heads.edge) < 0):
+            object.__setattr__(self, "heads", self.heads.take(np.argsort(self.heads.edge, kind="stable")))
+        for name, pattern in self.patterns.items():
+            if pattern.shape != (n_tokens, n_tokens):
+                raise GraphError(f"Graph.patterns{name} has shape {pattern.shape}; expected {(n_tokens, n_tokens)}.")
+
+    def node_ids(self) -> list[str]:
+        """One name for each node, each name once.
+
+        MLP features are `layer_feature_position`, attention features `alayer_feature_position`, errors
+        `layer_error_position` and `alayer_error_position`, embeddings `E_token_position`, logits
+        `n_layers_token_position`. A name that comes again (two dictionaries at one site) gets `_2`, `_3` and so on.
+
+        Returns:
+            n names in the order of the nodes.
+        """
+        names, seen = [], Counter[str]()
+        columns = [getattr(self.nodes, name).tolist() for name in ("kind", "layer", "feature", "position")]
+        for kind, layer, feature, position in zip(*columns, strict=True):
+            site = "E" if kind == "embedding" else f"a{layer}" if kind.startswith("attention") else str(layer)
+            name = f"{site}_{'error' if kind.endswith('_error') else feature}_{position}"
+            seen[name] += 1
+            names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+        return names
+
+    def select(self, node_mask: Booleans, edge_mask: Booleans | None = None) -> Graph:
+        """The part of the graph under two masks.
+
+        Edges with an end outside the node mask go too; nodes, edges and loadings are numbered again, and patterns
+        that no loading names any more are dropped. Influences stay those of the full graph.
+
+        Args:
+            node_mask: (n,) nodes to keep.
+            edge_mask: (m,) edges to keep; all by default.
+
+        Raises:
+            GraphError: A mask does not have one value for each node or edge.
+        """
+        node_mask = np.asarray(node_mask, dtype=np.bool_)
+        edge_mask = np.ones(len(self.edges), np.bool_) if edge_mask is None else np.asarray(edge_mask, dtype=np.bool_)
+        if node_mask.shape != (len(self.nodes),) or edge_mask.shape != (len(self.edges),):
+            raise GraphError(
+                f"The masks have shapes {node_mask.shape} and {edge_mask.shape}; expected "
+                f"{(len(self.nodes),)} for the nodes and {(len(self.edges),)} for the edges."
+            )
+        edge_mask = edge_mask & node_mask[self.edges.source] & node_mask[self.edges.target]
+        new_node = np.cumsum(node_mask, dtype=np.int32) - 1
+        new_edge = np.cumsum(edge_mask, dtype=np.int32) - 1
+        edges = self.edges.take(edge_mask)
+        heads = self.heads.take(edge_mask[self.heads.edge])
+        named = set(zip(heads.layer.tolist(), heads.head.tolist(), strict=True))
+        return dataclasses.replace(
+            self,
+            nodes=self.nodes.take(node_mask),
+            edges=Edges(source=new_node[edges.source], target=new_node[edges.target], weight=edges.weight),
+            heads=dataclasses.replace(heads, edge=new_edge[heads.edge]),
+            patterns={name: pattern for name, pattern in self.patterns.items() if name in named},
+        )
+
+    def prune(
+        self, node_threshold: float = 0.8, edge_threshold: float = 0.98, max_feature_nodes: int | None = None
+    ) -> Graph:
+        """The part of the graph that carries the influence; see `circuits.graph.pruning.prune`."""
+        from circuits.graph.pruning import prune
+
+        return prune(self, node_threshold, edge_threshold, max_feature_nodes)
+
+    def to_networkx(self) -> networkx.DiGraph[str]:
+        """The same graph for networkx; see `circuits.graph.formats.networkx_graph.to_networkx`."""
+        from circuits.graph.formats.networkx_graph import to_networkx
+
+        return to_networkx(self)
+
+    @classmethod
+    def from_networkx(cls, digraph: networkx.DiGraph[str]) -> Graph:
+        """The inverse of `to_networkx`; see `circuits.graph.formats.networkx_graph.from_networkx`."""
+        from circuits.graph.formats.networkx_graph import from_networkx
+
+        return from_networkx(digraph)
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph in the format of the path's suffix: .json, .npz, .dot, .graphml or .svg.
+
+        The file is written whole or not at all, and the same graph gives the same bytes.
+
+        Raises:
+            GraphError: The suffix is unknown or the file cannot be written.
+        """
+        from circuits.graph.formats import writer
+
+        writer(path)(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Graph:
+        """Read a graph that was saved as .json or .npz.
+
+        Raises:
+            GraphError: The suffix has no reader, or the file is missing, truncated or no graph.
+        """
+        from circuits.graph.formats import reader
+
+        return reader(path)(Path(path))
+
+
+def _in_range(name: str, values: np.ndarray[Any, Any], end: int, what: str) -> None:
+    outside = (values < 0) | (values >= end)
+    if outside.any():
+        raise GraphError(f"{name} has {values[outside][0]}; expected 0 to {end - 1}, an index into {what}.")

@@ -1,0 +1,107 @@
+"""Encode: from the stream to active features. Plain PyTorch, on any device.
+
+Letters of shapes: T positions, F features, D width of the read site, n active entries.
+
+    pre_TF = x_TD @ W_enc_FD^T + b_enc_F
+    active = the entries that the activation function lets through
+
+Only the active entries are returned; the dense (T, F) block is made for a bounded number of positions at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ActivationKind = Literal["relu", "jump_relu", "topk", "batch_topk"]
+ACTIVATION_KINDS: tuple[ActivationKind, ...] = ("relu", "jump_relu", "topk", "batch_topk")
+BLOCK = 1 << 24  # entries of pre_TF in memory at once: 64 MiB of float32
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Which features count as active, and with what value.
+
+    kind
+        `relu`: pre > 0. `jump_relu`: pre > threshold_F (Rajamanoharan et al. 2024, *Jumping Ahead*). `topk`: the k
+        largest of each position (Gao et al. 2024). `batch_topk`: trained with the k T largest of a batch of T
+        positions; used, as here, like `jump_relu` with the threshold that training has estimated (Bussmann et al.
+        2024, *BatchTopK*). The value of an active feature is its pre-activation in all of them.
+    k
+        For `topk`, and for the record for `batch_topk`.
+    rectify
+        For `topk`: drop entries that are among the k largest but not positive. circuit-tracer keeps them, with
+        their negative value, so its files are read with `rectify=False`.
+
+    Entries whose value is exactly zero are never active.
+    """
+
+    kind: ActivationKind
+    k: int | None = None
+    rectify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATION_KINDS:
+            raise ValueError(f"unknown activation {self.kind!r}, expected one of {', '.join(ACTIVATION_KINDS)}")
+        if self.kind == "topk" and (self.k is None or self.k < 1):
+            raise ValueError(f"activation 'topk' needs k of at least 1, got {self.k}")
+
+    @property
+    def needs_threshold(self) -> bool:
+        return self.kind in ("jump_relu", "batch_topk")
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, activation: Activation, threshold: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Active features of every position.
+
+    Parameters
+    ----------
+    x
+        (T, D) what the dictionary reads.
+    W_enc, b_enc
+        (F, D) and (F,).
+    activation, threshold
+        `threshold` is (F,) or a single number; for `jump_relu` and `batch_topk` only.
+
+    Returns
+    -------
+    positions, features, activations, pre_activations
+        (n,) each, sorted by position, then feature.
+    """
+    if activation.needs_threshold and threshold is None:
+        raise ValueError(f"activation {activation.kind!r} needs a threshold")
+    positions, features, values = [], [], []
+    for first, pre_TF in _blocks(x, W_enc, b_enc):
+        where = _active(pre_TF, activation, threshold).nonzero(as_tuple=True)
+        positions.append(where[0] + first)
+        features.append(where[1])
+        values.append(pre_TF[where])
+    if not positions:
+        none = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return none, none, x.new_zeros(0), x.new_zeros(0)
+    value = torch.cat(values)
+    return torch.cat(positions), torch.cat(features), value, value.clone()
+
+
+def _blocks(x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first position, pre-activations) of as many positions as fit into `BLOCK` entries."""
+    step = max(1, BLOCK // max(1, len(W_enc_FD)))
+    for first in range(0, len(x_TD), step):
+        yield first, torch.addmm(b_enc_F, x_TD[first : first + step], W_enc_FD.T)
+
+
+def _active(pre_TF: Tensor, activation: Activation, threshold: Tensor | None) -> Tensor:
+    """(T, F) of bool."""
+    if activation.needs_threshold:
+        assert threshold is not None
+        return (pre_TF > threshold) & (pre_TF != 0)
+    if activation.kind == "relu":
+        return pre_TF > 0
+    assert activation.k is not None
+    largest = pre_TF.topk(min(activation.k, pre_TF.shape[1]), dim=1).indices
+    chosen = torch.zeros_like(pre_TF, dtype=torch.bool).scatter_(1, largest, True)
+    return chosen & (pre_TF > 0 if activation.rectify else pre_TF != 0)

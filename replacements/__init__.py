@@ -1,0 +1,23 @@
+"""Dictionaries that stand for attention or MLP outputs: read from files, run on activations, trained."""
+
+from circuits.replacements.dictionary import (
+    Active,
+    Decoder,
+    Dictionary,
+    ReadSite,
+    Replacement,
+    Site,
+    load_replacement,
+)
+from circuits.replacements.errors import ReplacementError
+
+__all__ = [
+    "Active",
+    "Decoder",
+    "Dictionary",
+    "ReadSite",
+    "Replacement",
+    "ReplacementError",
+    "Site",
+    "load_replacement",
+]

@@ -1,0 +1,208 @@
+"""Tensors that stay in their safetensors file until rows of them are asked for.
+
+A safetensors file is eight bytes (the length of the header, little-endian), a JSON header
+`{name: {"dtype", "shape", "data_offsets"}}`, and then the tensors, row-major, without gaps. So the bytes of a row of
+a tensor are at a place that can be computed, and a decoder of many gigabytes costs only the rows that are active on a
+prompt. Nothing is unpickled.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.replacements.errors import ReplacementError
+
+NUMPY_TYPES: dict[str, str] = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",  # numpy has no bfloat16: read as integers, widened in `_to_float32`
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+LONGEST_HEADER = 100_000_000  # bytes; the limit that the safetensors library itself sets
+
+
+class Rows(Protocol):
+    """A matrix (F, D), or a stack of matrices (F, W, D), read by rows."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor: ...
+
+    def all(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """One tensor of a safetensors file, read by rows on demand and given as float32 on the CPU.
+
+    Parameters
+    ----------
+    path, name
+        The file and the tensor's name in it.
+    shape
+        As the header gives it.
+    dtype
+        The file's name of the type: "F32", "F16", "BF16", ...
+    offset
+        Where the tensor's first byte is, counted from the start of the file.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+        """The rows `index` (n,), in that order, repeats allowed.
+
+        Gives (n, *shape[1:]). With `column=j` a tensor of shape (F, W, D) gives its slices [:, j], (n, D), and the
+        other columns are not read.
+
+        Raises
+        ------
+        ReplacementError
+            A row does not exist, the type is not a float, or a number that was read is not finite.
+        """
+        rows = index.detach().cpu().numpy().astype(np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
+            bad = rows.max() if rows.max() >= self.shape[0] else rows.min()
+            raise ReplacementError(
+                f"{self.path}: row {bad} of tensor {self.name!r} was asked for, which has {self.shape[0]} rows"
+            )
+        tail = self.shape[1:] if column is None else self.shape[2:]
+        if not rows.size or 0 in self.shape:
+            return torch.zeros((len(rows), *tail))
+        mapped = self._map()
+        return self._to_float32(mapped[rows] if column is None else mapped[rows, column])
+
+    def all(self) -> Tensor:
+        """The whole tensor. For encoders and biases; decoders are read through `rows`."""
+        if 0 in self.shape:
+            return torch.zeros(self.shape)
+        return self._to_float32(np.array(self._map()))
+
+    def _map(self) -> "np.memmap[Any, Any]":
+        return np.memmap(
+            self.path, dtype=np.dtype(NUMPY_TYPES[self.dtype]), mode="r", offset=self.offset, shape=self.shape
+        )
+
+    def _to_float32(self, values: "np.ndarray[Any, Any]") -> Tensor:
+        if self.dtype not in FLOATS:
+            raise ReplacementError(
+                f"{self.path}: tensor {self.name!r} has type {self.dtype}, expected one of {', '.join(FLOATS)}; "
+                "save the weights as float32, float16 or bfloat16"
+            )
+        if self.dtype == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        result = torch.from_numpy(np.array(values, dtype=np.float32))
+        if not torch.isfinite(result).all():
+            raise ReplacementError(
+                f"{self.path}: tensor {self.name!r} holds NaN or infinite values; "
+                "the file is damaged or its training diverged: take another checkpoint"
+            )
+        return result
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """A tensor in memory behind the same face as `LazyTensor`: for replacements built in Python."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+        chosen = index.to(self.tensor.device)
+        return self.tensor[chosen].float() if column is None else self.tensor[chosen, column].float()
+
+    def all(self) -> Tensor:
+        return self.tensor.float()
+
+
+def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
+    """Read the header of a safetensors file and check that the file is as long as the header says.
+
+    Raises
+    ------
+    ReplacementError
+        The file does not exist, is truncated, or is no safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ReplacementError(f"{path}: no such file; check the path, or copy the replacement again")
+    size = path.stat().st_size
+    header, start = _read_header(path, size)
+    tensors: dict[str, LazyTensor] = {}
+    end_of_data = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensor, end = _read_entry(path, name, entry, start)
+        tensors[name] = tensor
+        end_of_data = max(end_of_data, end)
+    if start + end_of_data != size:
+        what = "is truncated" if start + end_of_data > size else "has bytes that its header does not know"
+        raise ReplacementError(
+            f"{path}: the file {what}: {size} bytes, expected {start + end_of_data}; copy or download it again"
+        )
+    return tensors
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The JSON header and the place where the tensors begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + min(length, LONGEST_HEADER) > size:
+            raise ReplacementError(
+                f"{path}: the file is truncated or no safetensors file: {size} bytes, its header alone should take "
+                f"{8 + length}; copy or download it again"
+            )
+        try:
+            header = json.loads(file.read(min(length, LONGEST_HEADER)))
+        except ValueError as error:
+            raise ReplacementError(f"{path}: no safetensors file: its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ReplacementError(f"{path}: no safetensors file: its header is not a JSON object")
+    return header, 8 + length
+
+
+def _read_entry(path: Path, name: str, entry: Any, start: int) -> tuple[LazyTensor, int]:
+    """One line of the header, and where its tensor ends, counted from `start`."""
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        begin, end = (int(place) for place in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplacementError(f"{path}: the header's entry of tensor {name!r} cannot be read: {entry!r}") from error
+    if dtype not in NUMPY_TYPES:
+        raise ReplacementError(
+            f"{path}: tensor {name!r} has type {dtype}, which is not supported; "
+            "save the weights as float32, float16 or bfloat16"
+        )
+    needed = prod(shape) * np.dtype(NUMPY_TYPES[dtype]).itemsize
+    if begin < 0 or end - begin != needed:
+        raise ReplacementError(
+            f"{path}: tensor {name!r} of shape {shape} and type {dtype} needs {needed} bytes, "
+            f"the header gives it {end - begin}; the file is damaged: copy or download it again"
+        )
+    return LazyTensor(path, name, shape, dtype, start + begin), end
