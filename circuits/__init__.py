@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from circuits.graph import Graph, GraphError
     from circuits.loading import Model, load
     from circuits.replacements.errors import ReplacementError
+    from circuits.settings import TraceSettings
     from circuits.targets import Direction, FeatureTarget, TokenDifference, TokenTarget
-    from circuits.trace import TraceSettings, trace
+    from circuits.trace import trace
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,7 @@ _HOMES = {
     "ReplacementError": "circuits.replacements.errors",
     "TokenDifference": "circuits.targets",
     "TokenTarget": "circuits.targets",
-    "TraceSettings": "circuits.trace",
+    "TraceSettings": "circuits.settings",
     "load": "circuits.loading",
     "trace": "circuits.trace",
 }

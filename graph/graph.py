@@ -60,6 +60,7 @@ class Graph:
         if n_tokens != len(self.token_ids):
             raise GraphError(f"Graph has {n_tokens} tokens and {len(self.token_ids)} token_ids; expected as many.")
         _in_range("Nodes.position", self.nodes.position, n_tokens, "the prompt's tokens")
+        _check_layers(self.nodes, self.n_layers)
         _in_range("Edges.source", self.edges.source, len(self.nodes), "the nodes")
         _in_range("Edges.target", self.edges.target, len(self.nodes), "the nodes")
         _in_range("Heads.edge", self.heads.edge, len(self.edges), "the edges")
@@ -170,6 +171,19 @@ class Graph:
         from circuits.graph.formats import reader
 
         return reader(path)(Path(path))
+
+
+def _check_layers(nodes: Nodes, n_layers: int) -> None:
+    expected = np.clip(nodes.layer, 0, n_layers - 1)
+    expected[nodes.kind == "embedding"] = -1
+    expected[nodes.kind == "logit"] = n_layers
+    wrong = np.flatnonzero(nodes.layer != expected)
+    if len(wrong):
+        first = int(wrong[0])
+        raise GraphError(
+            f"Nodes.layer has {nodes.layer[first]} for a node of kind {nodes.kind[first]} in a model of {n_layers} "
+            f"layers; expected -1 for embeddings, {n_layers} for logits, 0 to {n_layers - 1} for all others."
+        )
 
 
 def _in_range(name: str, values: np.ndarray[Any, Any], end: int, what: str) -> None:

@@ -2,7 +2,8 @@
 
 It is a superset of Neuronpedia's graph schema (`metadata`, `qParams`, `nodes`, `links`). What is ours beside it:
 
-- `graph`: prompt, tokens, token ids, number of layers, and which keys of `metadata` are the graph's own.
+- `graph`: prompt, tokens, token ids, number of layers, which keys of `metadata` are the graph's own, and the
+  graph's own values of those that the schema takes.
 - On a node: `kind`, `dictionary`, `model_layer`, `feature_index`, `pre_activation`, `bias`, `node_influence`,
   `target_weight`, `probability`, `label`. Neuronpedia's `influence` is our cumulative influence, its `feature` is
   layer and feature in one number (Cantor pairing, which its `schema_version` 1 stands for), its `lorsa` is any
@@ -30,6 +31,8 @@ from circuits.graph.formats.whole_file import write_whole
 from circuits.graph.graph import Graph
 
 FORMAT = 1
+# Keys of the metadata that the schema gives a meaning to, so that the graph's own value cannot stand there.
+REQUIRED = ("slug", "scan", "prompt", "prompt_tokens", "schema_version")
 FEATURE_TYPES = {
     "embedding": "embedding",
     "mlp_feature": "cross layer transcoder",
@@ -82,6 +85,7 @@ def dumps(graph: Graph) -> str:
         "token_ids": graph.token_ids,
         "n_layers": graph.n_layers,
         "metadata_keys": sorted(graph.metadata),
+        "metadata_replaced": {key: graph.metadata[key] for key in REQUIRED if key in graph.metadata},
     }
     parts = [
         f'"graph": {_text("graph", head)}',

@@ -64,7 +64,7 @@ def _graph(content: dict[str, Any]) -> Graph:
         ),
         heads=_heads(links),
         patterns={_layer_and_head(name): _pattern(rows) for name, rows in content["patterns"].items()},
-        metadata={key: metadata[key] for key in head["metadata_keys"]},
+        metadata={**{key: metadata[key] for key in head["metadata_keys"]}, **head["metadata_replaced"]},
     )
 
 

@@ -1,7 +1,8 @@
 """Edges of the SVG: which are drawn, along which curve, and where there is room for a name.
 
 An edge through attention rises in its source's column and crosses to its target's column just below the layer
-whose heads carried it. An edge within one column bends a little, so that it does not run through other nodes.
+whose heads carried it, lower the farther it goes, so that edges of one layer fan out. An edge within one column
+bends a little, so that it does not run through other nodes.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def _points(graph: Graph, layout: Layout, edge: int) -> tuple[Point, Point, Poin
     rise = y1 - y2
     middle = layout.columns[int(position)].centre if layout.columns else x1
     if graph.nodes.position[source] != position:
-        return (x1, y1), (x1, y1 - 0.72 * rise), (x2, y2 + min(0.5 * rise, 70.0)), (x2, y2)
+        far = min(1.0, abs(x2 - x1) / layout.width)
+        below_target = min((0.3 + 0.5 * far) * rise, 60.0 + 40.0 * far)
+        return (x1, y1), (x1, y1 - (0.85 - 0.45 * far) * rise), (x2, y2 + below_target), (x2, y2)
     beside = (x1 + x2) / 2 - middle
     outward = 1 if beside > 1.0 or (abs(beside) <= 1.0 and edge % 2) else -1
     bend = outward * min(0.12 * rise, 1.2 * layout.slot) if rise > 60.0 else 0.0

@@ -205,5 +205,5 @@ def _rows(
         rows.append(Row(sort, layer, top, height))
         top += height
         if sort == "attention":
-            top += min(56.0, 5.0 * math.sqrt(crossing[layer]))
+            top += min(110.0, 5.0 * math.sqrt(crossing[layer]))
     return tuple(rows)

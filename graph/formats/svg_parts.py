@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from circuits.graph.formats.rows import plain
 from circuits.graph.formats.svg_edges import Curve, Labels
 from circuits.graph.formats.svg_layout import SLANT, Layout
@@ -33,7 +35,7 @@ def frame(layout: Layout, width: float) -> list[str]:
         if row.sort == "mlp" and row.layer % 2 == 0:
             height = row.height + next(r.height for r in layout.rows if (r.sort, r.layer) == ("attention", row.layer))
             parts.append(f'<rect class="band" x="0" y="{row.top:.1f}" width="{width:.1f}" height="{height:.1f}"/>')
-        if row.height > 12.0 or row.sort == "mlp":
+        if row.height > 12.0:
             parts.append(text(62, middle, _ROW_NAMES[row.sort], "small quiet end"))
         if row.sort == "mlp":
             parts.append(text(8, row.top + row.height + 3.5, f"L{row.layer}"))
@@ -117,9 +119,12 @@ def _quote(token: str) -> str:
 
 
 def token_labels(graph: Graph, layout: Layout) -> list[str]:
-    """The prompt's tokens below their columns, with their positions."""
+    """The prompt's tokens below their columns, with their positions; without columns below their nodes."""
     parts: list[str] = []
     if not layout.rows:
+        for index in np.flatnonzero(graph.nodes.kind == "embedding").tolist():
+            label = shortened(shown(graph.tokens[graph.nodes.position[index]]), 48.0)
+            parts.append(text(float(layout.x[index]), float(layout.y[index]) + 15.0, label, "halo middle"))
         return parts
     bottom = layout.rows[-1].top + layout.rows[-1].height
     for column in layout.columns:

@@ -1,0 +1,33 @@
+"""How a graph is traced and pruned. Apart from the engine, so that the command line can show it without torch."""
+
+from dataclasses import dataclass
+
+from circuits.errors import CircuitsError
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How a graph is traced and pruned.
+
+    left_out
+        Influence that may stay unexpanded in all; every influence is short by at most this. 0 expands everything.
+    node_threshold, edge_threshold
+        Shares of the influence and of the edge scores that the pruned graph keeps.
+    max_feature_nodes
+        Keep at most so many feature nodes, the strongest first.
+    unpruned
+        Keep every node and edge; implies `left_out = 0`.
+    """
+
+    left_out: float = 1e-3
+    node_threshold: float = 0.8
+    edge_threshold: float = 0.98
+    max_feature_nodes: int | None = None
+    unpruned: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("left_out", "node_threshold", "edge_threshold"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise CircuitsError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        if self.max_feature_nodes is not None and self.max_feature_nodes < 1:
+            raise CircuitsError(f"max_feature_nodes is {self.max_feature_nodes}, expected at least 1")

@@ -1,0 +1,138 @@
+"""From a prompt to a pruned attribution graph: record, encode, linearize, sweep, prune, and name the heads.
+
+This module is the table of contents of the method; each step is a file of its own.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from circuits.assemble import Traced, build_graph, describe, with_heads
+from circuits.graph import Graph, keep_nodes, prune_edges
+from circuits.linearize import LinearizedModel
+from circuits.loading import Model
+from circuits.nodes import NodeTable, build_nodes
+from circuits.prompt import Prompt, prepare
+from circuits.recording import record
+from circuits.rows import RowBlock
+from circuits.settings import TraceSettings
+from circuits.sweep import Progress, Sweep, Swept, TargetList
+from circuits.targets import Target, automatic_targets, feature_places, output_readers
+from circuits.errors import CircuitsError
+
+
+@torch.no_grad()
+def trace(
+    model: Model,
+    prompt: str | Sequence[int] | Prompt,
+    targets: Sequence[Target] | None = None,
+    settings: TraceSettings | None = None,
+    progress: Progress | None = None,
+) -> Graph:
+    """Trace a prompt to its attribution graph.
+
+    Parameters
+    ----------
+    model
+        From `circuits.load`.
+    prompt
+        Text, token ids, or a prepared `Prompt`.
+    targets
+        What to explain; by default the top tokens at the last position to 95 % of the probability, at most ten.
+    settings
+        See `TraceSettings`.
+    progress
+        Called with (targets expanded, targets in all) as the sweep goes.
+
+    Returns
+    -------
+    Graph
+        Pruned, unless the settings say otherwise; `metadata["ledger"]["max_relative_gap"]` is its proof.
+
+    Example
+    -------
+    >>> graph = circuits.trace(circuits.load(), "When Mary and John went to the store, John gave a drink to")
+    >>> graph.save("graph.svg")
+    """
+    settings = settings or TraceSettings()
+    prepared = prompt if isinstance(prompt, Prompt) else prepare(model.base, prompt)
+    recording = record(model.base, torch.tensor(prepared.token_ids, device=model.base.device))
+    linear = LinearizedModel(model.base, model.replacements, recording)
+    table = build_nodes(linear, first_is_special=prepared.first_is_special)
+    wanted = list(targets) if targets is not None else automatic_targets(linear)
+    listed = _target_list(linear, table, prepared, wanted)
+    sweep = Sweep(linear, table, listed)
+    if settings.unpruned:
+        collected = _Edges()
+        swept = sweep.run(0.0, on_rows=collected.add, progress=progress)
+        kept = np.ones(len(swept.influence), dtype=bool)
+    else:
+        swept = sweep.run(settings.left_out, progress=progress)
+        kept = _kept_nodes(table, swept, listed, settings)
+        collected = _Edges(kept)
+        for block in sweep.rows_of(kept & swept.expanded):
+            collected.add(block)
+    traced = Traced(linear, table, prepared, listed, swept)
+    graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings))
+    if not settings.unpruned:
+        graph = prune_edges(graph, settings.edge_threshold)
+    return with_heads(graph, linear, table)
+
+
+class _Edges:
+    """Gathers edges from row blocks: all of them, or those between kept nodes."""
+
+    def __init__(self, kept: np.ndarray | None = None) -> None:
+        self.kept = kept
+        self.pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, block: RowBlock) -> None:
+        columns = np.arange(block.first, block.first + block.weights.shape[1])
+        weights = block.weights
+        if self.kept is not None:
+            columns = columns[self.kept[columns]]
+            weights = weights[:, torch.from_numpy(columns - block.first).to(weights.device)]
+        values = weights.cpu().numpy()
+        row, column = np.nonzero(values)
+        targets = block.targets.nodes.cpu().numpy()
+        self.pieces.append((columns[column], targets[row], values[row, column]))
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, target and weight of all edges, sorted by target, then source."""
+        if not self.pieces:
+            none = np.zeros(0, dtype=np.int64)
+            return none, none, np.zeros(0, dtype=np.float32)
+        source, target, weight = (np.concatenate(parts) for parts in zip(*self.pieces, strict=True))
+        order = np.lexsort((source, target))
+        return source[order], target[order], weight[order]
+
+
+def _target_list(linear: LinearizedModel, table: NodeTable, prompt: Prompt, targets: Sequence[Target]) -> TargetList:
+    if not targets:
+        raise CircuitsError("no target was given; leave targets out for the top tokens")
+    outputs = output_readers(linear, prompt, targets)
+    weights = [weight for readers in outputs for weight in readers.weights]
+    start = np.concatenate([np.zeros(len(table)), weights])
+    for wanted in feature_places(targets, linear.recording):
+        hit = (table.kind == wanted.kind) & (table.layer == wanted.layer) & (table.position == wanted.position)
+        hit &= table.feature == wanted.feature
+        if not hit.any():
+            raise CircuitsError(
+                f"feature {wanted.feature} of layer {wanted.layer} ({wanted.kind}) is not active at position "
+                f"{wanted.position}, so there is nothing to explain"
+            )
+        start[np.flatnonzero(hit)] = 1.0
+    return TargetList(outputs, start)
+
+
+def _kept_nodes(table: NodeTable, swept: Swept, listed: TargetList, settings: TraceSettings) -> np.ndarray:
+    always = listed.start > 0
+    always[: len(table)] |= table.kind == "embedding"
+    always[len(table) :] = True
+    kept = keep_nodes(swept.influence, settings.node_threshold, always)
+    if settings.max_feature_nodes is not None:
+        features = np.flatnonzero(kept[: len(table)] & (table.dictionary >= 0) & (listed.start[: len(table)] == 0))
+        strongest = features[np.argsort(-swept.influence[features], kind="stable")]
+        kept[strongest[settings.max_feature_nodes :]] = False
+    return kept

@@ -1,0 +1,6 @@
+"""Lets the tests of this folder share its helper modules, which importlib mode does not put on the path."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
