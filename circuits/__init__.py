@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from circuits.loading import Model, load
     from circuits.replacements.errors import ReplacementError
     from circuits.settings import TraceSettings
-    from circuits.targets import Direction, FeatureTarget, TokenDifference, TokenTarget
+    from circuits.targets import Direction, FeatureTarget, TokenDifference, TokenTarget, TopTokens
     from circuits.trace import trace
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "ReplacementError",
     "TokenDifference",
     "TokenTarget",
+    "TopTokens",
     "TraceSettings",
     "__version__",
     "load",
@@ -47,6 +48,7 @@ _HOMES = {
     "ReplacementError": "circuits.replacements.errors",
     "TokenDifference": "circuits.targets",
     "TokenTarget": "circuits.targets",
+    "TopTokens": "circuits.targets",
     "TraceSettings": "circuits.settings",
     "load": "circuits.loading",
     "trace": "circuits.trace",

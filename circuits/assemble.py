@@ -153,6 +153,7 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
         "settings": {"left_out": 0.0, "unpruned": True} if settings.unpruned else {"left_out": settings.left_out, **pruning},
         "scores": {"replacement": swept.replacement_score, "completeness": swept.completeness_score},
         "ledger": {"max_relative_gap": swept.max_relative_gap, "targets": int(swept.expanded.sum())},
+        "active_features": int((traced.table.dictionary >= 0).sum()),
         "left_out_influence": swept.left_out,
         "influence_total": float(swept.influence.sum()),
     }

@@ -1,5 +1,6 @@
 """What a graph explains: tokens of the output, a difference of two tokens, feature nodes, or any direction."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,10 +9,18 @@ from torch import Tensor
 
 from circuits.errors import CircuitsError
 from circuits.linearize import LinearizedModel, read_depth
-from circuits.prompt import Prompt, token_texts
+from circuits.model import BaseModel
+from circuits.prompt import Prompt, single_token, token_texts
 from circuits.recording import Recording
 
 AUTOMATIC_MASS, AUTOMATIC_COUNT = 0.95, 10
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The most probable tokens at a position (default: the last) up to 95 % of the probability, at most ten."""
+
+    position: int = -1
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class FeatureTarget:
     position: int = -1
 
 
-Target = TokenTarget | TokenDifference | Direction | FeatureTarget
+Target = TopTokens | TokenTarget | TokenDifference | Direction | FeatureTarget
 
 
 @dataclass
@@ -73,15 +82,39 @@ class Readers:
     labels: list[str] = field(default_factory=list)
 
 
-def automatic_targets(linear: LinearizedModel, positions: Sequence[int] = (-1,)) -> list[Target]:
-    """The top tokens at each position up to 95 % of the probability, at most ten."""
-    targets: list[Target] = []
-    for position in positions:
-        probabilities = output_probabilities(linear, _place(position, linear.recording))
-        top, ids = probabilities.topk(AUTOMATIC_COUNT)
-        count = int((top.cumsum(0) < AUTOMATIC_MASS).sum()) + 1
-        targets += [TokenTarget(int(i), position) for i in ids[:count].tolist()]
-    return targets
+def parse_target(model: BaseModel, text: str, position: int = -1) -> Target:
+    """A target in the words of the command line: a node id (`2_153_7`, `a2_153_7`), a token's text or its id.
+
+    A node id carries its own position.
+    """
+    if found := re.fullmatch(r"(a?)(\d+)_(\d+)_(\d+)", text):
+        kind = "attention_feature" if found[1] else "mlp_feature"
+        return FeatureTarget(kind, int(found[2]), int(found[3]), int(found[4]))
+    return TokenTarget(token_id(model, text), position)
+
+
+def token_id(model: BaseModel, text: str) -> int:
+    """The id of a token given as text, or as its id where the text is a number and no token."""
+    try:
+        return single_token(model, text)
+    except CircuitsError:
+        if text.isdigit():
+            return int(text)
+        raise
+
+
+def expand(linear: LinearizedModel, targets: Sequence[Target]) -> list[Target]:
+    """The targets with every `TopTokens` replaced by the tokens that it stands for."""
+    expanded: list[Target] = []
+    for target in targets:
+        if isinstance(target, TopTokens):
+            probabilities = output_probabilities(linear, _place(target.position, linear.recording))
+            top, ids = probabilities.topk(min(AUTOMATIC_COUNT, len(probabilities)))
+            count = int((top.cumsum(0) < AUTOMATIC_MASS).sum()) + 1
+            expanded += [TokenTarget(int(i), target.position) for i in ids[:count].tolist()]
+        else:
+            expanded.append(target)
+    return expanded
 
 
 def output_probabilities(linear: LinearizedModel, position: int) -> Tensor:
@@ -90,10 +123,10 @@ def output_probabilities(linear: LinearizedModel, position: int) -> Tensor:
 
 
 def output_readers(linear: LinearizedModel, prompt: Prompt, targets: Sequence[Target]) -> list[Readers]:
-    """Token and direction targets as stream covectors, grouped by the depth that they read below."""
+    """Expanded token and direction targets as stream covectors, grouped by the depth that they read below."""
     groups: dict[int, Readers] = {}
     for target in targets:
-        if isinstance(target, FeatureTarget):
+        if isinstance(target, FeatureTarget | TopTokens):
             continue
         position = _place(target.position, linear.recording)
         site = target.site if isinstance(target, Direction) else "resid_final"

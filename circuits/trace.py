@@ -18,7 +18,7 @@ from circuits.recording import record
 from circuits.rows import RowBlock
 from circuits.settings import TraceSettings
 from circuits.sweep import Progress, Sweep, Swept, TargetList
-from circuits.targets import Target, automatic_targets, feature_places, output_readers
+from circuits.targets import Target, TopTokens, expand, feature_places, output_readers
 from circuits.errors import CircuitsError
 
 
@@ -39,7 +39,7 @@ def trace(
     prompt
         Text, token ids, or a prepared `Prompt`.
     targets
-        What to explain; by default the top tokens at the last position to 95 % of the probability, at most ten.
+        What to explain; by default `TopTokens()`: those at the last position to 95 % of the probability, at most ten.
     settings
         See `TraceSettings`.
     progress
@@ -60,7 +60,7 @@ def trace(
     recording = record(model.base, torch.tensor(prepared.token_ids, device=model.base.device))
     linear = LinearizedModel(model.base, model.replacements, recording)
     table = build_nodes(linear, first_is_special=prepared.first_is_special)
-    wanted = list(targets) if targets is not None else automatic_targets(linear)
+    wanted = expand(linear, [TopTokens()] if targets is None else targets)
     listed = _target_list(linear, table, prepared, wanted)
     sweep = Sweep(linear, table, listed)
     if settings.unpruned:

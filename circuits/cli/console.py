@@ -1,0 +1,163 @@
+"""What the commands print: one console, one progress bar, and the tables of a graph that read well in 80 columns."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from circuits.graph import Graph
+from circuits.graph.formats.rows import loadings
+from circuits.graph.formats.text import visible
+
+POSITIVE, NEGATIVE, QUIET = "dodger_blue2", "dark_orange3", "grey50"
+KIND_NAMES = {
+    "embedding": "token",
+    "mlp_feature": "MLP",
+    "attention_feature": "attention",
+    "mlp_error": "MLP error",
+    "attention_error": "attention error",
+    "logit": "output",
+}
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, gone when the work is done; yields the function to report (done, in all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def signed(weight: float) -> Text:
+    """A weight with its sign as a colour and as a character."""
+    return Text(f"{weight:+.3g}", style=POSITIVE if weight > 0 else NEGATIVE)
+
+
+def node_name(graph: Graph, node: int) -> str:
+    """A node in words: `attention L2 #153`, `token " Mary"`, `output " Mary"`."""
+    nodes = graph.nodes
+    kind = str(nodes.kind[node])
+    if kind in ("embedding", "logit"):
+        return f'{KIND_NAMES[kind]} "{visible(str(nodes.label[node]))}"'
+    place = f"{KIND_NAMES[kind]} L{nodes.layer[node]}"
+    return place if nodes.feature[node] < 0 else f"{place} #{nodes.feature[node]}"
+
+
+def position_name(graph: Graph, position: int) -> str:
+    """A position with its token: `14 " to"`."""
+    return f'{position} "{visible(graph.tokens[position])}"'
+
+
+def prediction_table(graph: Graph) -> Table:
+    """The graph's targets with their probabilities and pre-activations."""
+    table = Table(title="Prediction", title_justify="left", box=None, header_style=QUIET)
+    for name, justify in (("target", "left"), ("position", "left"), ("probability", "right"), ("value", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    nodes = graph.nodes
+    for node in sorted(np.flatnonzero(nodes.is_target), key=lambda i: -nodes.target_weight[i]):
+        probability = nodes.probability[node]
+        table.add_row(
+            Text(node_name(graph, node), style="bold"),
+            position_name(graph, int(nodes.position[node])),
+            "" if np.isnan(probability) else f"{probability:.3f}",
+            f"{nodes.pre_activation[node]:.3f}",
+        )
+    return table
+
+
+def feature_table(graph: Graph, limit: int) -> Table:
+    """The features with the largest influence on the targets."""
+    table = Table(title="Strongest features", title_justify="left", box=None, header_style=QUIET)
+    for name, justify in (("feature", "left"), ("position", "left"), ("activation", "right"), ("influence", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    nodes = graph.nodes
+    features = np.flatnonzero(nodes.is_feature)
+    for node in features[np.argsort(-nodes.influence[features], kind="stable")][:limit]:
+        style = "medium_purple1" if nodes.kind[node] == "attention_feature" else ""
+        table.add_row(
+            Text(node_name(graph, node), style=style),
+            position_name(graph, int(nodes.position[node])),
+            f"{nodes.activation[node]:.2f}",
+            f"{nodes.influence[node]:.4f}",
+        )
+    return table
+
+
+def edge_table(graph: Graph, limit: int) -> Table:
+    """The edges that carry most between two tokens, with the heads that carried them."""
+    table = Table(title="Strongest steps between tokens", title_justify="left", box=None, header_style=QUIET)
+    for name, justify in (("from", "left"), ("to", "left"), ("weight", "right"), ("heads", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    nodes, edges = graph.nodes, graph.edges
+    rows = loadings(graph)
+    size = np.abs(edges.weight)
+    total = np.bincount(edges.target, weights=size, minlength=len(nodes))
+    score = size / np.maximum(total[edges.target], 1e-30)
+    score = score * (nodes.influence + nodes.target_weight)[edges.target]
+    crossing = np.flatnonzero(nodes.position[edges.source] != nodes.position[edges.target])
+    for edge in crossing[np.argsort(-score[crossing], kind="stable")][:limit]:
+        table.add_row(
+            _end(graph, int(edges.source[edge])),
+            _end(graph, int(edges.target[edge])),
+            signed(float(edges.weight[edge])),
+            _heads(rows[edge]),
+        )
+    return table
+
+
+def summary(graph: Graph) -> Text:
+    """One line each: what the graph holds, its scores, its ledger."""
+    data = graph.metadata
+    scores, ledger = data.get("scores", {}), data.get("ledger", {})
+    text = Text()
+    text.append(f"{len(graph.nodes)} nodes, {len(graph.edges)} edges, {len(np.unique(graph.heads.edge))} through ")
+    text.append("replaced attention\n")
+    for name, value in scores.items():
+        text.append(f"{name} score ", style=QUIET)
+        text.append(f"{value:.3f}  ", style="bold")
+    if "max_relative_gap" in ledger:
+        text.append("ledger gap ", style=QUIET)
+        text.append(f"{ledger['max_relative_gap']:.1e}  ", style="bold")
+    if "left_out_influence" in data:
+        text.append("left out ", style=QUIET)
+        text.append(f"{data['left_out_influence']:.1e}", style="bold")
+    frozen = [str(layer) for layer, state in enumerate(data.get("attention", [])) if state == "frozen"]
+    if frozen:
+        text.append(f"\nattention frozen in layers {', '.join(frozen)}: edges pass through it without head names")
+    return text
+
+
+def show_graph(graph: Graph, *, features: int = 8, edges: int = 10) -> None:
+    """Print a graph's tables."""
+    console.print(Text(visible(graph.prompt), style="italic"))
+    console.print()
+    for table in (prediction_table(graph), feature_table(graph, features), edge_table(graph, edges)):
+        if table.row_count:
+            console.print(table)
+            console.print()
+    console.print(summary(graph))
+
+
+def _end(graph: Graph, node: int) -> Text:
+    text = Text(node_name(graph, node))
+    text.append(f"\n  at {position_name(graph, int(graph.nodes.position[node]))}", style=QUIET)
+    return text
+
+
+def _heads(rows: list[list[float]]) -> Text:
+    text = Text()
+    sums: dict[tuple[int, int], float] = {}
+    for layer, head, _, _, weight in rows:
+        sums[int(layer), int(head)] = sums.get((int(layer), int(head)), 0.0) + weight
+    for (layer, head), weight in sorted(sums.items(), key=lambda item: -abs(item[1]))[:2]:
+        text.append(f"L{layer}H{head} " if not text else f"\nL{layer}H{head} ")
+        text.append_text(signed(weight))
+    return text
