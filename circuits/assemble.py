@@ -109,8 +109,7 @@ def with_heads(graph: Graph, linear: LinearizedModel, table: NodeTable) -> Graph
     """The graph with the head loadings of its edges, and the patterns of the heads that they name."""
     nodes = graph.nodes
     place = {
-        key: i
-        for i, key in enumerate(zip(table.kind, table.dictionary, table.layer, table.position, table.feature))
+        key: i for i, key in enumerate(zip(table.kind, table.dictionary, table.layer, table.position, table.feature))
     }
     index_of = {dictionary.name: i for i, dictionary in enumerate(linear.dictionaries)}
     dictionary = [index_of.get(name, -1) for name in nodes.dictionary.tolist()]
@@ -150,7 +149,9 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
         ],
         "attention": ["replaced" if layer in linear.replaced_attention else "frozen" for layer in layers],
         "mlp": ["replaced" if layer in linear.replaced_mlp else "error" for layer in layers],
-        "settings": {"left_out": 0.0, "unpruned": True} if settings.unpruned else {"left_out": settings.left_out, **pruning},
+        "settings": {"left_out": 0.0, "unpruned": True}
+        if settings.unpruned
+        else {"left_out": settings.left_out, **pruning},
         "scores": {"replacement": swept.replacement_score, "completeness": swept.completeness_score},
         "ledger": {"max_relative_gap": swept.max_relative_gap, "targets": int(swept.expanded.sum())},
         "active_features": int((traced.table.dictionary >= 0).sum()),

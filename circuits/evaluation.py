@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from circuits.activations import Document, _groups, capturing, pad
 from circuits.families import part
+from circuits.kernels.decode import gather_decode
 from circuits.linearize import write_depth
 from circuits.model import BaseModel
-from circuits.kernels.decode import gather_decode
 from circuits.replacements.dictionary import Active, Dictionary, Replacement
 
 
@@ -110,9 +110,7 @@ def rebuild(parts: Sequence[tuple[Dictionary, Active, Tensor]], site: Any) -> Te
 
 
 @torch.no_grad()
-def cross_entropy(
-    model: BaseModel, replacements: Sequence[Replacement], documents: Sequence[Document]
-) -> CrossEntropy:
+def cross_entropy(model: BaseModel, replacements: Sequence[Replacement], documents: Sequence[Document]) -> CrossEntropy:
     """Loss of the base model, the replaced model and the zero-ablated model on documents."""
     dictionaries = [d for r in replacements for d in r.dictionaries]
     sums, count = [0.0, 0.0, 0.0], 0
@@ -149,7 +147,7 @@ class _Replaced:
                 if write_depth(site) != depth:
                     continue
                 if dictionary.layer == (depth - 1) // 2:
-                    x = inputs[str(dictionary.read)] if str(dictionary.read) in inputs else output
+                    x = inputs.get(str(dictionary.read), output)
                     x = x.flatten(0, -2).float()
                     self.encoded[dictionary.name] = dictionary.encode(x), x
                 parts.append((dictionary, *self.encoded[dictionary.name]))

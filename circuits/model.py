@@ -153,7 +153,9 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
             raise CircuitsError(f"{name}: {word.replace('_', ' ')} in the weights: {', '.join(found[:5])}")
     for key, tensor in lm.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise CircuitsError(f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained")
+            raise CircuitsError(
+                f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained"
+            )
     return BaseModel(lm.to(device), load_tokenizer(name), str(name))
 
 

@@ -109,9 +109,7 @@ def _active(linear: LinearizedModel, dictionary: Dictionary, first_is_special: b
     if not first_is_special:
         return active
     kept = active.positions > 0
-    return Active(
-        active.positions[kept], active.features[kept], active.activations[kept], active.pre_activations[kept]
-    )
+    return Active(active.positions[kept], active.features[kept], active.activations[kept], active.pre_activations[kept])
 
 
 def _feature_block(linear: LinearizedModel, index: int, dictionary: Dictionary, active: Active) -> _Block:

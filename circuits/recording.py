@@ -104,7 +104,9 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
 
         def keep_attention(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
             if output[1] is None:
-                raise CircuitsError(f"{model.name} gave no attention patterns; load it with attn_implementation='eager'")
+                raise CircuitsError(
+                    f"{model.name} gave no attention patterns; load it with attn_implementation='eager'"
+                )
             kept["attn_out"].append(output[0][0].clone())
             kept["patterns"].append(output[1][0].clone())
 

@@ -176,7 +176,10 @@ class Rows:
             vectors = constant.new_zeros(len(nodes), constant.shape[1])
             vectors.index_add_(0, inverse, torch.cat([table.writes[depth].vectors for depth in depths]))
         else:
-            nodes, vectors = torch.zeros(0, dtype=torch.long, device=constant.device), constant.new_zeros(0, constant.shape[1])
+            nodes, vectors = (
+                torch.zeros(0, dtype=torch.long, device=constant.device),
+                constant.new_zeros(0, constant.shape[1]),
+            )
         starts = torch.searchsorted(nodes.cpu(), torch.tensor(table.starts)).tolist()
         self._stretches[key] = _Stretch(nodes, vectors, starts, constant)
         while len(self._stretches) > len(self.linear.live_depths) + 2:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from circuits.assemble import Traced, build_graph, describe, with_heads
+from circuits.errors import CircuitsError
 from circuits.graph import Graph, keep_nodes, prune_edges
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
@@ -19,7 +20,6 @@ from circuits.rows import RowBlock
 from circuits.settings import TraceSettings
 from circuits.sweep import Progress, Sweep, Swept, TargetList
 from circuits.targets import Target, TopTokens, expand, feature_places, output_readers
-from circuits.errors import CircuitsError
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ errors = Console(stderr=True, highlight=False)
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, gone when the work is done; yields the function to report (done, in all)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -46,7 +46,9 @@ class _Wanted:
 @click.option("--left-out", type=float, default=1e-3, show_default=True,
               help="Influence that may stay unexpanded in all; 0 expands everything.")  # fmt: skip
 @click.option("--unpruned", is_flag=True, help="Keep every node and edge.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ...")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
+)
 @click.option("--format", "formats", default="json,svg", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--dtype", help="float32, bfloat16 or float16 for the weights. Default: as stored.")
@@ -104,7 +106,9 @@ def quiet_libraries() -> None:
 def _formats(text: str) -> list[str]:
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found or (unknown := [name for name in found if name not in FORMATS]):
-        raise click.BadParameter(f"{unknown[0] if found else text!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
+        raise click.BadParameter(
+            f"{unknown[0] if found else text!r} is not one of {', '.join(FORMATS)}", param_hint="--format"
+        )
     return found
 
 
@@ -112,7 +116,9 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise click.BadParameter(f"{path}: the folder cannot be made: {error.strerror}", param_hint="--output") from error
+        raise click.BadParameter(
+            f"{path}: the folder cannot be made: {error.strerror}", param_hint="--output"
+        ) from error
 
 
 def _prompt(model: "Model", wanted: _Wanted) -> "Prompt":
@@ -122,7 +128,9 @@ def _prompt(model: "Model", wanted: _Wanted) -> "Prompt":
         try:
             ids = [int(part) for part in wanted.token_ids.replace(",", " ").split()]
         except ValueError as error:
-            raise click.BadParameter(f"{wanted.token_ids!r} is not a list of integers", param_hint="--token-ids") from error
+            raise click.BadParameter(
+                f"{wanted.token_ids!r} is not a list of integers", param_hint="--token-ids"
+            ) from error
         return prepare(model.base, ids)
     text = read_prompt_file(wanted.prompt_file) if wanted.prompt_file is not None else wanted.prompt
     return prepare(model.base, text or "", chat=wanted.chat)

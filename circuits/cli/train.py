@@ -43,8 +43,7 @@ def command(**options: Any) -> None:
     from circuits.cli.console import console, progress_bar
     from circuits.cli.trace import quiet_libraries
     from circuits.model import load_base_model
-    from circuits.replacements.coder import CoderSettings
-    from circuits.replacements.coder import JumpSettings
+    from circuits.replacements.coder import CoderSettings, JumpSettings
     from circuits.replacements.training import TrainingSettings
     from circuits.training import TrainingPlan, set_threads, train_replacement
 

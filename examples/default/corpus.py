@@ -36,7 +36,7 @@ def train_tokenizer(shelves: dict[str, list[str]], vocabulary: int, seed: int) -
 
 @dataclass
 class Rows:
-    """One batch: `tokens`, `positions` and `document` are (rows, width); `weight` is the loss weight of the next token."""
+    """One batch, (rows, width) each; `weight` is the loss weight of the next token."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -73,7 +73,9 @@ class Corpus:
         return ids, [1.0] * (len(ids) - 1) + [float(ended and shelf == "stories")]
 
     def repeats(self, room: int) -> tuple[list[int], list[float]]:
-        ids, known = tasks.repeated(self.rng, self.vocabulary, min(room, self.rng.choice((24, 32, 48, 64, 96, 128, 255))))
+        ids, known = tasks.repeated(
+            self.rng, self.vocabulary, min(room, self.rng.choice((24, 32, 48, 64, 96, 128, 255)))
+        )
         # What random tokens come first cannot be learned: only the repetition counts.
         return [self.bos, *ids], [*map(float, known), 0.0]
 

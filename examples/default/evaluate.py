@@ -108,7 +108,9 @@ def graph_figures(model: circuits.Model, corpus: Corpus, count: int) -> dict[str
         named[torch.tensor(graph.heads.edge.copy()).long()] = True
         gap = float(((loadings - weight).abs() / weight.abs())[named].max()) if named.any() else 0.0
         l0 = graph.metadata["active_features"] / (4 * 2 * (len(ids) - 1))
-        rows.append((kind, scores["replacement"], scores["completeness"], graph.metadata["ledger"]["max_relative_gap"], gap, l0))
+        rows.append(
+            (kind, scores["replacement"], scores["completeness"], graph.metadata["ledger"]["max_relative_gap"], gap, l0)
+        )
     kinds = sorted({row[0] for row in rows})
     return {
         "prompts": len(rows),
@@ -129,6 +131,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--model-tokens", required=True, help="Tokens that the model was trained on, for the card.")
+    parser.add_argument("--clt-options", default="", help="Options of `circuits train clt`, for the card.")
+    parser.add_argument("--sae-options", default="", help="Options of `circuits train attention-sae`, for the card.")
     args = parser.parse_args()
     model = circuits.load(args.out / "model", [args.out / "clt", args.out / "attention-sae"])
     corpus = Corpus(args.text, model.base.tokenizer, held_out=True, seed=3)
@@ -141,7 +146,10 @@ def main() -> None:
             "continuations": continuations(model),
         }
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    write_card(figures, args.out / "MODEL_CARD.md")
+    settings = {name: getattr(args, name) for name in ("model_tokens", "clt_options", "sae_options")}
+    for name, replacement in zip(("clt_features", "sae_features"), model.replacements, strict=True):
+        settings[name] = f"{replacement.dictionaries[0].n_features:,}"
+    write_card(figures, settings, args.out / "MODEL_CARD.md")
 
 
 if __name__ == "__main__":

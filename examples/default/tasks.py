@@ -14,19 +14,103 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = (
-    "Mary John Tom Anna Ben Lily Jack Emma Sam Lucy Tim Sara Max Mia Peter Jane Paul Kate James Alice Henry Rose "
-    "George Ellen Robert Helen William Grace David Clara Daniel Ruth Frank Martha Charles Julia Arthur Edith Fred "
-    "Nancy Harry Susan Joe Laura Mark Amy Luke Sophie Leo Eva"
-).split()
-PLACES = (
-    "store park school garden market house river beach farm zoo kitchen library church hospital station forest "
-    "castle office shop lake"
-).split()
-OBJECTS = (
-    "drink ball book flower cake letter ring box apple hat toy key cup bone kite coat basket picture coin stick"
-).split()
-VERBS = "gave handed passed sent offered brought".split()
+NAMES = [
+    "Mary",
+    "John",
+    "Tom",
+    "Anna",
+    "Ben",
+    "Lily",
+    "Jack",
+    "Emma",
+    "Sam",
+    "Lucy",
+    "Tim",
+    "Sara",
+    "Max",
+    "Mia",
+    "Peter",
+    "Jane",
+    "Paul",
+    "Kate",
+    "James",
+    "Alice",
+    "Henry",
+    "Rose",
+    "George",
+    "Ellen",
+    "Robert",
+    "Helen",
+    "William",
+    "Grace",
+    "David",
+    "Clara",
+    "Daniel",
+    "Ruth",
+    "Frank",
+    "Martha",
+    "Charles",
+    "Julia",
+    "Arthur",
+    "Edith",
+    "Fred",
+    "Nancy",
+    "Harry",
+    "Susan",
+    "Joe",
+    "Laura",
+    "Mark",
+    "Amy",
+    "Luke",
+    "Sophie",
+    "Leo",
+    "Eva",
+]
+PLACES = [
+    "store",
+    "park",
+    "school",
+    "garden",
+    "market",
+    "house",
+    "river",
+    "beach",
+    "farm",
+    "zoo",
+    "kitchen",
+    "library",
+    "church",
+    "hospital",
+    "station",
+    "forest",
+    "castle",
+    "office",
+    "shop",
+    "lake",
+]
+OBJECTS = [
+    "drink",
+    "ball",
+    "book",
+    "flower",
+    "cake",
+    "letter",
+    "ring",
+    "box",
+    "apple",
+    "hat",
+    "toy",
+    "key",
+    "cup",
+    "bone",
+    "kite",
+    "coat",
+    "basket",
+    "picture",
+    "coin",
+    "stick",
+]
+VERBS = ["gave", "handed", "passed", "sent", "offered", "brought"]
 INDIRECT_OBJECT = (
     "When {a} and {b} went to the {place}, {s} {verb} a {thing} to{io}",
     "When {a} and {b} got to the {place}, {s} {verb} the {thing} to{io}",
@@ -39,12 +123,43 @@ INDIRECT_OBJECT = (
 )
 ENDINGS = (".", " and smiled.", ", and they were happy.", " and said goodbye.", ".")
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-NUMBERS = (
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+NUMBERS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
 SUCCESSION = (
     "{items}",
     "{name} said: {items}",
@@ -55,12 +170,12 @@ SUCCESSION = (
 )
 
 KINDS = {
-    "animal": "dog cat horse cow pig bird fish mouse bear lion".split(),
-    "fruit": "apple pear plum orange lemon cherry grape peach berry banana".split(),
-    "color": "red blue green yellow black white brown pink gray purple".split(),
-    "tool": "hammer saw knife spade axe rope ladder needle broom bucket".split(),
-    "dress": "hat coat shoe shirt glove sock cloak belt scarf boot".split(),
-    "food": "bread cheese soup rice meat butter honey cake milk egg".split(),
+    "animal": ["dog", "cat", "horse", "cow", "pig", "bird", "fish", "mouse", "bear", "lion"],
+    "fruit": ["apple", "pear", "plum", "orange", "lemon", "cherry", "grape", "peach", "berry", "banana"],
+    "color": ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "purple"],
+    "tool": ["hammer", "saw", "knife", "spade", "axe", "rope", "ladder", "needle", "broom", "bucket"],
+    "dress": ["hat", "coat", "shoe", "shirt", "glove", "sock", "cloak", "belt", "scarf", "boot"],
+    "food": ["bread", "cheese", "soup", "rice", "meat", "butter", "honey", "cake", "milk", "egg"],
 }
 LETTERS = "ABCD"
 
@@ -83,10 +198,15 @@ def indirect_object(rng: random.Random) -> Prompt:
     a, b = rng.sample(NAMES, 2)
     giver = rng.choice((a, b))
     other = b if giver == a else a
-    fields = dict(a=a, b=b, s=giver, place=rng.choice(PLACES), thing=rng.choice(OBJECTS), verb=rng.choice(VERBS))
-    return Prompt(
-        rng.choice(INDIRECT_OBJECT).format(**fields, io=""), " " + other, (" " + giver,), rng.choice(ENDINGS)
-    )
+    fields = {
+        "a": a,
+        "b": b,
+        "s": giver,
+        "place": rng.choice(PLACES),
+        "thing": rng.choice(OBJECTS),
+        "verb": rng.choice(VERBS),
+    }
+    return Prompt(rng.choice(INDIRECT_OBJECT).format(**fields, io=""), " " + other, (" " + giver,), rng.choice(ENDINGS))
 
 
 def succession(rng: random.Random) -> Prompt:

@@ -84,7 +84,8 @@ def test_transcoders(tmp_path: Path, extra: tuple[str, ...]) -> None:
         a = pre * (pre > w.get("activation_function.threshold", torch.zeros(F)))
         want = a @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if "W_skip" in w else 0.0)
         assert torch.allclose(got[Site("mlp_out", layer)], want, atol=1e-5)
-    assert replacement.format == "circuit-tracer" and replacement.model == {"name": "tiny"}
+    assert replacement.format == "circuit-tracer"
+    assert replacement.model == {"name": "tiny"}
     assert [str(d.read) for d in replacement.dictionaries] == [f"resid_mid.{layer}:full" for layer in range(L)]
 
 
@@ -97,7 +98,8 @@ def test_topk_keeps_negative_values_as_circuit_tracer_does(tmp_path: Path) -> No
     want = torch.zeros_like(pre).scatter(1, chosen, values)
     got = torch.zeros_like(pre)
     got[active.positions, active.features] = active.activations
-    assert torch.allclose(got, want, atol=1e-6) and bool((want < 0).any())
+    assert torch.allclose(got, want, atol=1e-6)
+    assert bool((want < 0).any())
 
 
 @pytest.mark.parametrize("threshold", [True, False])
@@ -116,7 +118,9 @@ def test_cross_layer_transcoder(tmp_path: Path, threshold: bool) -> None:
     for layer in range(L):
         assert torch.allclose(got[Site("mlp_out", layer)], want[layer], atol=1e-5)
     first = replacement.dictionaries[0]
-    assert str(first.read) == "resid_mid.0:none" and first.name == "clt.0" and first.layer == 0
+    assert str(first.read) == "resid_mid.0:none"
+    assert first.name == "clt.0"
+    assert first.layer == 0
     assert first.output_bias(Site("mlp_out", 1)) is None
 
 
@@ -131,7 +135,8 @@ def test_input_hooks_and_places(tmp_path: Path, hook: str, norm: str) -> None:
     assert by_subfolder.dictionaries[2].before_post_norm
     _config(tmp_path, transcoders=["sub/layer_1.safetensors", "sub/layer_0.safetensors"])
     listed = load_replacement(tmp_path).dictionaries
-    assert torch.equal(listed[0].W_enc, by_subfolder.dictionaries[1].W_enc) and len(listed) == 2
+    assert torch.equal(listed[0].W_enc, by_subfolder.dictionaries[1].W_enc)
+    assert len(listed) == 2
 
 
 def test_decoders_are_read_by_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +157,8 @@ def test_decoders_are_read_by_rows_only(tmp_path: Path, monkeypatch: pytest.Monk
     dictionary = load_replacement(tmp_path).dictionaries[0]
     rows = dictionary.decoder_rows(torch.tensor([3, 3, 1]), Site("mlp_out", 2))
     assert torch.equal(rows, decoders[0][[3, 3, 1], 2])
-    assert rows_read == [(2, 2)] and not any("W_dec" in name for name in whole)
+    assert rows_read == [(2, 2)]
+    assert not any("W_dec" in name for name in whole)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -276,7 +282,8 @@ def test_unknown_formats(tmp_path: Path) -> None:
 
 
 def test_sites_as_text() -> None:
-    assert str(ReadSite.parse("resid_mid.3:full")) == "resid_mid.3:full" and str(Site.parse("z.11")) == "z.11"
+    assert str(ReadSite.parse("resid_mid.3:full")) == "resid_mid.3:full"
+    assert str(Site.parse("z.11")) == "z.11"
     assert ReadSite.parse("z.0").norm == "none"
     for bad in ("mlp.3", "mlp_out", "mlp_out.-1"):
         with pytest.raises(ReplacementError, match="unknown site"):

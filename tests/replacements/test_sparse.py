@@ -28,7 +28,8 @@ def test_gradients_are_those_of_the_dense_product(share: float) -> None:
 
     assert torch.allclose(got, want, atol=1e-5)
     for mine, plain in zip(sparse, dense, strict=True):
-        assert mine.grad is not None and plain.grad is not None
+        assert mine.grad is not None
+        assert plain.grad is not None
         assert torch.allclose(mine.grad, plain.grad, atol=1e-4)
 
 

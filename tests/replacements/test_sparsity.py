@@ -20,7 +20,8 @@ def test_jump_relu_gradient_is_the_rectangle() -> None:
     out = jump_relu(pre, threshold, 0.4)
     assert torch.allclose(out, torch.tensor([[0.0, 0.0], [0.6, 1.3], [2.0, 0.0]]))
     out.backward(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    assert pre.grad is not None and threshold.grad is not None
+    assert pre.grad is not None
+    assert threshold.grad is not None
     assert torch.equal(pre.grad, torch.tensor([[0.0, 0.0], [3.0, 4.0], [5.0, 0.0]]))
     # Feature 0: only 0.6 lies within 0.2 of 0.5. Feature 1: only 0.9 lies within 0.2 of 1.0.
     assert torch.allclose(threshold.grad, torch.tensor([-(0.5 / 0.4) * 3.0, -(1.0 / 0.4) * 2.0]))

@@ -70,7 +70,7 @@ def test_clt_learns_planted_features(tmp_path: Path, activation: str) -> None:
     clt, seen = _clt(activation), []
     settings = TrainingSettings(steps=900, lr=4e-3, warmup=20, figures_every=200)
     last = train(clt, Planted(), settings, tmp_path, lambda step, figures: seen.append((step, figures)))
-    assert [step for step, _ in seen] == list([*range(200, 801, 200), 900])
+    assert [step for step, _ in seen] == [*range(200, 801, 200), 900]
     assert all(last[f"nmse/mlp_out.{layer}"] < 0.15 for layer in range(LAYERS)), last
     assert all(last[f"l0/clt.{layer}"] < 5 for layer in range(LAYERS)), last
     planted = Planted()
@@ -210,4 +210,6 @@ def test_evaluating_changes_nothing() -> None:
 def test_learning_rate_rises_and_falls() -> None:
     settings = TrainingSettings(steps=100, lr=1.0, warmup=10, decay=0.5)
     rates = [settings.lr_at(step) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9:50] == [1.0] * 41 and rates[99] == pytest.approx(0.02)
+    assert rates[0] == 0.1
+    assert rates[9:50] == [1.0] * 41
+    assert rates[99] == pytest.approx(0.02)

@@ -24,7 +24,8 @@ def test_rows_are_exact(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(tensors["W"].all(), W)
     assert tensors["W"].rows(index[:0], column=1).shape == (0, 5)
     assert tensors["s"].all().item() == 2.5
-    assert tensors["W"].shape == (11, 3, 5) and tensors["W"].path.name == "a.safetensors"
+    assert tensors["W"].shape == (11, 3, 5)
+    assert tensors["W"].path.name == "a.safetensors"
 
 
 def test_row_that_does_not_exist(tmp_path: Path) -> None:
