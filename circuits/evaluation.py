@@ -18,7 +18,7 @@ from circuits.families import part
 from circuits.kernels.decode import gather_decode
 from circuits.linearize import write_depth
 from circuits.model import BaseModel
-from circuits.replacements.dictionary import Active, Dictionary, Replacement
+from circuits.replacements.dictionary import Active, Dictionary, ReadSite, Replacement, Site
 
 
 @dataclass
@@ -77,7 +77,7 @@ def dictionary_figures(
     A CLT's normalized MSE of layer l is that of `mlp_out.l` rebuilt by all layers up to l.
     """
     dictionaries = [d for r in replacements for d in r.dictionaries]
-    sites = [*{d.read for d in dictionaries}, *{w for d in dictionaries for w in d.writes}]
+    sites: list[ReadSite | Site] = [*{d.read for d in dictionaries}, *{w for d in dictionaries for w in d.writes}]
     fits = {d.name: Fit() for d in dictionaries}
     for group in _groups(sorted(documents, key=len)):
         ids, mask = pad(group, model.device)

@@ -40,7 +40,7 @@ class FrozenAttention:
     def head_readers(self, readers: Tensor) -> Tensor:
         """Readers of the attention output (B, D) as readers of the concatenated head outputs (B, H, E)."""
         w_o = self.weights.w_o
-        return (readers @ w_o.flatten(0, 1).T).unflatten(-1, w_o.shape[:2])
+        return (readers @ w_o.flatten(0, 1).T).reshape(*readers.shape[:-1], *w_o.shape[:2])
 
     def pull_heads(self, positions: Tensor, u: Tensor, n_keys: int) -> Tensor:
         """Readers (B, H, E) of the head outputs at `positions` (B,) as covectors (B, n_keys, D) of `resid_pre`."""

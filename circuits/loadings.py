@@ -87,7 +87,8 @@ def _values(linear: LinearizedModel, table: NodeTable, nodes: np.ndarray, layer:
         return position.unsqueeze(1), attention.values(stream, position).unsqueeze(1)
     stream = linear.push(writers, below)
     keys = torch.arange(n, device=device).expand(len(nodes), n)
-    return keys, attention.values(stream.flatten(0, 1), keys.flatten()).unflatten(0, (len(nodes), n))
+    values = attention.values(stream.flatten(0, 1), keys.flatten())
+    return keys, values.reshape(len(nodes), n, *values.shape[1:])
 
 
 def _contract(pattern: Tensor, u: Tensor, values: Tensor, query: Tensor, key: Tensor) -> Tensor:

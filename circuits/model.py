@@ -115,7 +115,8 @@ class BaseModel:
     @cached_property
     def identity(self) -> str:
         """SHA-256 over the configuration and every parameter, by name: the same weights give the same identity."""
-        digest = hashlib.sha256(json.dumps(self.lm.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        config: Any = self.lm.config
+        digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.lm.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -142,15 +143,25 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
     except (OSError, ValueError, KeyError) as error:
         raise CircuitsError(f"{name}: no model could be read there: {_first_line(error)}") from error
     family_of(config.model_type, str(name))
+    lm: nn.Module
+    report: dict[str, Any]
     try:
         lm, report = AutoModelForCausalLM.from_pretrained(
-            name, attn_implementation="eager", dtype=DTYPES.get(dtype or "", "auto"), output_loading_info=True
+            name,
+            attn_implementation="eager",
+            dtype=DTYPES.get(dtype or "", "auto"),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with names and shapes
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CircuitsError(f"{name}: the model's weights could not be read: {_first_line(error)}") from error
-    for word in ("missing_keys", "mismatched_keys"):
-        if found := sorted(str(key) for key in report.get(word, ())):
-            raise CircuitsError(f"{name}: {word.replace('_', ' ')} in the weights: {', '.join(found[:5])}")
+    if missing := sorted(map(str, report.get("missing_keys", ()))):
+        raise CircuitsError(f"{name}: tensors missing from the weights: {', '.join(missing[:5])}")
+    for key, actual, expected in sorted(report.get("mismatched_keys", ()))[:1]:
+        raise CircuitsError(
+            f"{name}: tensor {key} has shape {tuple(actual)}, but the configuration asks for {tuple(expected)}; "
+            "the weights and config.json do not belong together"
+        )
     for key, tensor in lm.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CircuitsError(

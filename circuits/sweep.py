@@ -177,7 +177,7 @@ def feature_targets(
     if site in ("attn_out", "z"):
         attention = linear.attention[layer]
         if site == "z":
-            heads = readers.unflatten(-1, (linear.model.shape.n_heads, linear.model.shape.d_head))
+            heads = readers.reshape(len(readers), linear.model.shape.n_heads, linear.model.shape.d_head)
         else:
             heads = attention.head_readers(readers)
             if attention.weights.b_o is not None:

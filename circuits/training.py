@@ -14,7 +14,7 @@ from circuits.model import BaseModel
 from circuits.replacements.attention_sae import AttentionSAE
 from circuits.replacements.clt import CrossLayerTranscoder
 from circuits.replacements.coder import Coder, CoderSettings
-from circuits.replacements.dictionary import Replacement, load_replacement
+from circuits.replacements.dictionary import ReadSite, Replacement, Site, load_replacement
 from circuits.replacements.formats import native
 from circuits.replacements.training import TrainingSettings, train
 
@@ -66,7 +66,7 @@ def train_replacement(
     """
     documents, held_out = _split(model, plan)
     module = build_coder(model, plan)
-    sites = tuple(dict.fromkeys([*module.reads, *module.writes]))
+    sites: tuple[ReadSite | Site, ...] = tuple(dict.fromkeys([*module.reads, *module.writes]))
     stream = ActivationStream(model, documents, sites, plan.batch_tokens, seed=plan.coder.seed)
     train(module, stream, plan.loop, plan.output / CHECKPOINTS / plan.kind, on_figures)
     replacement = Replacement(

@@ -37,7 +37,7 @@ class _Wanted:
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a text file.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")
 @click.option("--target", "targets", multiple=True,
-              help="Token (text or id) or node id such as a2_153_7; may be repeated. Default: the top tokens.")  # fmt: skip
+              help="Token (text or id) or node id such as a2_153_7; may be repeated. Default: top tokens.")  # fmt: skip
 @click.option("--minus", help="Explain the difference: the logit of --target less that of this token.")
 @click.option("--position", "positions", type=int, multiple=True, help="Position of the targets. Default: the last.")
 @click.option("--max-feature-nodes", type=int, help="Keep at most so many features, the strongest first.")

@@ -1,0 +1,201 @@
+"""The command line, run as a user runs it: what it prints, what it writes, and how it refuses bad input."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from circuits.cli import main
+from circuits.graph import Graph
+
+CASE = next((Path(__file__).parents[1] / "data" / "golden").iterdir())
+MODEL, TRANSCODERS = str(CASE / "model"), str(CASE / "transcoders")
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs `circuits ARGS`; returns (exit code, output, error output)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["circuits", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the small model and its transcoders, to be damaged."""
+    for source, name in ((MODEL, "model"), (TRANSCODERS, "transcoders")):
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path / "model", tmp_path / "transcoders"
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, no traceback, and a message with these words."""
+    code, _, message = result
+    assert code == 2, message
+    assert "Traceback" not in message
+    joined = " ".join(message.split())
+    for word in words:
+        assert word in joined, f"{word!r} is not in: {joined}"
+
+
+def test_trace_on_the_default_predicts_the_name_and_writes_every_format(run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, message = run("trace", PROMPT, "-o", out, "--format", "json,npz,svg,dot,graphml")
+    assert code == 0, message
+    assert 'output " Mary"' in printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"graph.{suffix}" for suffix in ("dot", "graphml", "json", "npz", "svg")
+    ]
+    data = json.loads((out / "graph.json").read_text())
+    carried = [link for link in data["links"] if link.get("heads")]
+    assert len(carried) > 10
+    for link in carried:
+        assert sum(row[4] for row in link["heads"]) == pytest.approx(link["weight"], rel=1e-4, abs=1e-6)
+    assert data["metadata"]["ledger"]["max_relative_gap"] <= 1e-4
+    logits = sorted((node for node in data["nodes"] if node["is_target_logit"]), key=lambda n: -n["token_prob"])
+    assert "(p=" in logits[0]["clerp"]
+
+
+def test_same_trace_twice_gives_the_same_bytes(run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("trace", PROMPT, "-o", tmp_path / name, "--format", "json,npz,svg", "--quiet")[0] == 0
+    for suffix in ("json", "npz", "svg"):
+        assert (tmp_path / "a" / f"graph.{suffix}").read_bytes() == (tmp_path / "b" / f"graph.{suffix}").read_bytes()
+
+
+def test_show_and_render_work_without_the_model(run, tmp_path: Path) -> None:
+    assert run("trace", PROMPT, "-o", tmp_path, "--format", "npz", "--quiet")[0] == 0
+    code, printed, _ = run("show", tmp_path / "graph.npz")
+    assert code == 0
+    assert "ledger gap" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert run("render", tmp_path / "graph.npz", "-o", tmp_path / "small.svg", "--node-threshold", 0.5)[0] == 0
+    assert (tmp_path / "small.svg").read_text().startswith(("<svg", "<?xml"))
+
+
+def test_targets_from_the_command_line(run, tmp_path: Path) -> None:
+    def nodes(*options: object) -> tuple[Graph, np.ndarray]:
+        code, _, message = run("trace", PROMPT, "-o", tmp_path, "--format", "npz", "--quiet", *options)
+        assert code == 0, message
+        graph = Graph.load(tmp_path / "graph.npz")
+        return graph, np.flatnonzero(graph.nodes.is_target)
+
+    graph, targets = nodes("--target", "Mary", "--minus", "John")
+    assert graph.nodes.label[targets].tolist() == [" Mary minus  John"]
+    graph, targets = nodes("--target", "Mary", "--target", "John")
+    assert sorted(graph.nodes.label[targets].tolist()) == [" John", " Mary"]
+    features = np.flatnonzero(graph.nodes.kind == "attention_feature")
+    chosen = features[np.argmax(graph.nodes.influence[features])]
+    name = graph.node_ids()[chosen]
+    graph, targets = nodes("--target", name)
+    assert [graph.node_ids()[i] for i in targets] == [name]
+    graph, targets = nodes("--position", 3, "--position", -1)
+    assert set(graph.nodes.position[targets].tolist()) == {3, len(graph.tokens) - 1}
+    graph, _ = nodes("--max-feature-nodes", 12)
+    assert 0 < int(graph.nodes.is_feature.sum()) <= 12
+
+
+def test_info_describes_model_and_replacement(run) -> None:
+    code, printed, _ = run("info")
+    assert code == 0
+    assert "clt.0" in printed
+    assert "attention-sae.0" in printed
+    code, printed, _ = run("info", TRANSCODERS)
+    assert code == 0
+    assert "circuit-tracer" in printed
+
+
+def test_prompts_that_cannot_be_traced(run, tmp_path: Path) -> None:
+    refused(run("trace", ""), "empty")
+    refused(run("trace"), "give the prompt once")
+    refused(run("trace", "--token-ids", "0,99999"), "99999", "vocabulary")
+    refused(run("trace", "--token-ids", "0,x"), "integers")
+    refused(run("trace", "a " * 2000), "context", "shorten")
+    refused(run("trace", "--prompt-file", tmp_path / "none.txt"), "none.txt")
+    refused(run("trace", PROMPT, "--target", "Marybelle the great"), "not one token")
+    refused(run("trace", PROMPT, "--target", "a0_999999_3"), "not active")
+    refused(run("trace", PROMPT, "--chat"), "chat template")
+    refused(run("trace", PROMPT, "--node-threshold", 2), "node_threshold")
+    refused(run("trace", PROMPT, "--format", "pdf"), "pdf")
+
+
+def test_output_that_cannot_be_written(run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(run("trace", PROMPT, "-o", tmp_path / "file" / "out"), "file")
+    (tmp_path / "out" / "graph.json").mkdir(parents=True)
+    refused(run("trace", PROMPT, "-o", tmp_path / "out", "--format", "json"), "graph.json")
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "graph.json"]
+
+
+def test_unknown_family(run, copied: tuple[Path, Path]) -> None:
+    config = json.loads((copied[0] / "config.json").read_text())
+    config["model_type"] = "bert"
+    config["architectures"] = ["BertLMHeadModel"]
+    (copied[0] / "config.json").write_text(json.dumps(config))
+    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), "unknown model family 'bert'", "gpt2", "llama")
+    refused(run("trace", "--token-ids", "0,2", "--model", copied[0] / "nothing"), "nothing")
+
+
+def test_damaged_model_weights(run, copied: tuple[Path, Path]) -> None:
+    path = copied[0] / "model.safetensors"
+    whole = load_file(path)
+    name = next(name for name in whole if "mlp" in name and whole[name].ndim == 2)
+    save_file({**whole, name: torch.full_like(whole[name], torch.nan)}, path, metadata={"format": "pt"})
+    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), name, "NaN")
+    save_file({key: value for key, value in whole.items() if key != name}, path, metadata={"format": "pt"})
+    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), "missing", name)
+    shape = tuple(whole[name].shape)
+    save_file({**whole, name: whole[name][:-1].contiguous()}, path, metadata={"format": "pt"})
+    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), name, f"asks for {shape}")
+    save_file(whole, path, metadata={"format": "pt"})
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), str(copied[0]))
+
+
+def test_damaged_replacements(run, copied: tuple[Path, Path]) -> None:
+    model, transcoders = copied
+    path = next(path for path in sorted(transcoders.glob("*.safetensors")) if "W_dec" not in path.name)
+    whole = load_file(path)
+    name = next(key for key in whole if "W_enc" in key)
+
+    def trace() -> tuple[int, str, str]:
+        return run("trace", "--token-ids", "0,2,3", "--model", model, "--replacement", transcoders)
+
+    assert trace()[0] == 0
+    save_file({key: value for key, value in whole.items() if key != name}, path)
+    refused(trace(), path.name, name)
+    bias = next(key for key in whole if "b_enc" in key)
+    save_file({**whole, bias: whole[bias][:-1].contiguous()}, path)
+    refused(trace(), path.name, bias, "should have shape (96) but has (95)")
+    save_file({**whole, name: torch.full_like(whole[name], torch.nan)}, path)
+    refused(trace(), path.name, name)
+    save_file(whole, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(trace(), path.name)
+    refused(run("trace", PROMPT, "--replacement", TRANSCODERS), "another model")
+    refused(run("trace", PROMPT, "--replacement", model), "manifest.json")
+
+
+def test_out_of_memory_is_a_message(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import circuits.trace
+
+    def exhausted(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(circuits.trace, "record", exhausted)
+    refused(run("trace", PROMPT), "out of memory", "shorter prompt")
