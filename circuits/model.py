@@ -146,7 +146,7 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
     lm: nn.Module
     report: dict[str, Any]
     try:
-        lm, report = AutoModelForCausalLM.from_pretrained(
+        lm, report = cast(Any, AutoModelForCausalLM).from_pretrained(
             name,
             attn_implementation="eager",
             dtype=DTYPES.get(dtype or "", "auto"),
@@ -167,7 +167,8 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
             raise CircuitsError(
                 f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained"
             )
-    return BaseModel(lm.to(device), load_tokenizer(name), str(name))
+    shown = Path(name).resolve().name if Path(name).is_dir() else str(name)
+    return BaseModel(lm.to(device), load_tokenizer(name), shown)
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -121,14 +121,14 @@ def summary(graph: Graph) -> Text:
     text.append(f"{len(graph.nodes)} nodes, {len(graph.edges)} edges, {len(np.unique(graph.heads.edge))} through ")
     text.append("replaced attention\n")
     for name, value in scores.items():
-        text.append(f"{name} score ", style=QUIET)
+        text.append(f"{name} ", style=QUIET)
         text.append(f"{value:.3f}  ", style="bold")
     if "max_relative_gap" in ledger:
         text.append("ledger gap ", style=QUIET)
         text.append(f"{ledger['max_relative_gap']:.1e}  ", style="bold")
     if "left_out_influence" in data:
         text.append("left out ", style=QUIET)
-        text.append(f"{data['left_out_influence']:.1e}", style="bold")
+        text.append(f"{data['left_out_influence']:.0e}", style="bold")
     frozen = [str(layer) for layer, state in enumerate(data.get("attention", [])) if state == "frozen"]
     if frozen:
         text.append(f"\nattention frozen in layers {', '.join(frozen)}: edges pass through it without head names")
