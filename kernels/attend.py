@@ -39,7 +39,8 @@ def pull_stream(pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, w_v_KED: Te
 def push_values(x_NSD: Tensor, w_v_KED: Tensor, n_heads: int) -> Tensor:
     """Values of every query head, (..., H, E), of normalised stream vectors (..., D)."""
     n_kv, width, d_model = w_v_KED.shape
-    v = (x_NSD @ w_v_KED.reshape(n_kv * width, d_model).T).unflatten(-1, (n_kv, 1, width))
+    v = x_NSD @ w_v_KED.reshape(n_kv * width, d_model).T
+    v = v.reshape(*v.shape[:-1], n_kv, 1, width)
     return v.expand(*v.shape[:-2], n_heads // n_kv, width).flatten(-3, -2)
 
 

@@ -56,11 +56,17 @@ def position_name(graph: Graph, position: int) -> str:
     return f'{position} "{visible(graph.tokens[position])}"'
 
 
+def _table(title: str, *columns: str) -> Table:
+    """An open table; a column whose name ends with `>` is set flush right."""
+    table = Table(title=title, title_justify="left", box=None, header_style=QUIET)
+    for name in columns:
+        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left")
+    return table
+
+
 def prediction_table(graph: Graph) -> Table:
     """The graph's targets with their probabilities and pre-activations."""
-    table = Table(title="Prediction", title_justify="left", box=None, header_style=QUIET)
-    for name, justify in (("target", "left"), ("position", "left"), ("probability", "right"), ("value", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table("Prediction", "target", "position", "probability>", "value>")
     nodes = graph.nodes
     for node in sorted(np.flatnonzero(nodes.is_target), key=lambda i: -nodes.target_weight[i]):
         probability = nodes.probability[node]
@@ -75,9 +81,7 @@ def prediction_table(graph: Graph) -> Table:
 
 def feature_table(graph: Graph, limit: int) -> Table:
     """The features with the largest influence on the targets."""
-    table = Table(title="Strongest features", title_justify="left", box=None, header_style=QUIET)
-    for name, justify in (("feature", "left"), ("position", "left"), ("activation", "right"), ("influence", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table("Strongest features", "feature", "position", "activation>", "influence>")
     nodes = graph.nodes
     features = np.flatnonzero(nodes.is_feature)
     for node in features[np.argsort(-nodes.influence[features], kind="stable")][:limit]:
@@ -93,9 +97,7 @@ def feature_table(graph: Graph, limit: int) -> Table:
 
 def edge_table(graph: Graph, limit: int) -> Table:
     """The edges that carry most between two tokens, with the heads that carried them."""
-    table = Table(title="Strongest steps between tokens", title_justify="left", box=None, header_style=QUIET)
-    for name, justify in (("from", "left"), ("to", "left"), ("weight", "right"), ("heads", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table("Strongest steps between tokens", "from", "to", "weight>", "heads")
     nodes, edges = graph.nodes, graph.edges
     rows = loadings(graph)
     size = np.abs(edges.weight)

@@ -84,7 +84,7 @@ class Corpus:
         ids = self.tokenizer(prompt.text + prompt.answer + prompt.ending, add_special_tokens=False)["input_ids"]
         answer = len(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
         weight = [0.3] * (len(ids) + 1)
-        weight[answer] = 3.0
+        weight[answer] = 5.0
         return [self.bos, *ids], weight
 
     def rows(self, count: int, width: int, shares: dict[str, float]) -> Rows:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 WIDTH = 256
 ATTENTION_SHARE = 0.3
 EARLY = {"stories": 0.30, "books": 0.22, "repeated": 0.24, "templates": 0.24}
-LATE = {"stories": 0.42, "books": 0.36, "repeated": 0.08, "templates": 0.14}
+LATE = {"stories": 0.34, "books": 0.28, "repeated": 0.08, "templates": 0.30}
 
 
 def build(vocabulary: int, layers: int) -> LlamaForCausalLM:

@@ -43,7 +43,7 @@ def copied(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "model", tmp_path / "transcoders"
 
 
-def refused(result: tuple[int, str, str], *words: str) -> None:
+def refused(result: tuple[int, str, str], *words: str) -> bool:
     """Exit code 2, no traceback, and a message with these words."""
     code, _, message = result
     assert code == 2, message
@@ -51,6 +51,7 @@ def refused(result: tuple[int, str, str], *words: str) -> None:
     joined = " ".join(message.split())
     for word in words:
         assert word in joined, f"{word!r} is not in: {joined}"
+    return True
 
 
 def test_trace_on_the_default_predicts_the_name_and_writes_every_format(run, tmp_path: Path) -> None:
@@ -121,24 +122,24 @@ def test_info_describes_model_and_replacement(run) -> None:
 
 
 def test_prompts_that_cannot_be_traced(run, tmp_path: Path) -> None:
-    refused(run("trace", ""), "empty")
-    refused(run("trace"), "give the prompt once")
-    refused(run("trace", "--token-ids", "0,99999"), "99999", "vocabulary")
-    refused(run("trace", "--token-ids", "0,x"), "integers")
-    refused(run("trace", "a " * 2000), "context", "shorten")
-    refused(run("trace", "--prompt-file", tmp_path / "none.txt"), "none.txt")
-    refused(run("trace", PROMPT, "--target", "Marybelle the great"), "not one token")
-    refused(run("trace", PROMPT, "--target", "a0_999999_3"), "not active")
-    refused(run("trace", PROMPT, "--chat"), "chat template")
-    refused(run("trace", PROMPT, "--node-threshold", 2), "node_threshold")
-    refused(run("trace", PROMPT, "--format", "pdf"), "pdf")
+    assert refused(run("trace", ""), "empty")
+    assert refused(run("trace"), "give the prompt once")
+    assert refused(run("trace", "--token-ids", "0,99999"), "99999", "vocabulary")
+    assert refused(run("trace", "--token-ids", "0,x"), "integers")
+    assert refused(run("trace", "a " * 2000), "context", "shorten")
+    assert refused(run("trace", "--prompt-file", tmp_path / "none.txt"), "none.txt")
+    assert refused(run("trace", PROMPT, "--target", "Marybelle the great"), "not one token")
+    assert refused(run("trace", PROMPT, "--target", "a0_999999_3"), "not active")
+    assert refused(run("trace", PROMPT, "--chat"), "chat template")
+    assert refused(run("trace", PROMPT, "--node-threshold", 2), "node_threshold")
+    assert refused(run("trace", PROMPT, "--format", "pdf"), "pdf")
 
 
 def test_output_that_cannot_be_written(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    refused(run("trace", PROMPT, "-o", tmp_path / "file" / "out"), "file")
+    assert refused(run("trace", PROMPT, "-o", tmp_path / "file" / "out"), "file")
     (tmp_path / "out" / "graph.json").mkdir(parents=True)
-    refused(run("trace", PROMPT, "-o", tmp_path / "out", "--format", "json"), "graph.json")
+    assert refused(run("trace", PROMPT, "-o", tmp_path / "out", "--format", "json"), "graph.json")
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "graph.json"]
 
 
@@ -147,8 +148,9 @@ def test_unknown_family(run, copied: tuple[Path, Path]) -> None:
     config["model_type"] = "bert"
     config["architectures"] = ["BertLMHeadModel"]
     (copied[0] / "config.json").write_text(json.dumps(config))
-    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), "unknown model family 'bert'", "gpt2", "llama")
-    refused(run("trace", "--token-ids", "0,2", "--model", copied[0] / "nothing"), "nothing")
+    result = run("trace", "--token-ids", "0,2,3", "--model", copied[0])
+    assert refused(result, "unknown model family 'bert'", "gpt2", "llama")
+    assert refused(run("trace", "--token-ids", "0,2", "--model", copied[0] / "nothing"), "nothing")
 
 
 def test_damaged_model_weights(run, copied: tuple[Path, Path]) -> None:
@@ -156,15 +158,15 @@ def test_damaged_model_weights(run, copied: tuple[Path, Path]) -> None:
     whole = load_file(path)
     name = next(name for name in whole if "mlp" in name and whole[name].ndim == 2)
     save_file({**whole, name: torch.full_like(whole[name], torch.nan)}, path, metadata={"format": "pt"})
-    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), name, "NaN")
+    assert refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), name, "NaN")
     save_file({key: value for key, value in whole.items() if key != name}, path, metadata={"format": "pt"})
-    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), "missing", name)
+    assert refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), "missing", name)
     shape = tuple(whole[name].shape)
     save_file({**whole, name: whole[name][:-1].contiguous()}, path, metadata={"format": "pt"})
-    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), name, f"asks for {shape}")
+    assert refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), name, f"asks for {shape}")
     save_file(whole, path, metadata={"format": "pt"})
     path.write_bytes(path.read_bytes()[:-100])
-    refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), str(copied[0]))
+    assert refused(run("trace", "--token-ids", "0,2,3", "--model", copied[0]), str(copied[0]))
 
 
 def test_damaged_replacements(run, copied: tuple[Path, Path]) -> None:
@@ -178,17 +180,17 @@ def test_damaged_replacements(run, copied: tuple[Path, Path]) -> None:
 
     assert trace()[0] == 0
     save_file({key: value for key, value in whole.items() if key != name}, path)
-    refused(trace(), path.name, name)
+    assert refused(trace(), path.name, name)
     bias = next(key for key in whole if "b_enc" in key)
     save_file({**whole, bias: whole[bias][:-1].contiguous()}, path)
-    refused(trace(), path.name, bias, "should have shape (96) but has (95)")
+    assert refused(trace(), path.name, bias, "should have shape (96) but has (95)")
     save_file({**whole, name: torch.full_like(whole[name], torch.nan)}, path)
-    refused(trace(), path.name, name)
+    assert refused(trace(), path.name, name)
     save_file(whole, path)
     path.write_bytes(path.read_bytes()[:-100])
-    refused(trace(), path.name)
-    refused(run("trace", PROMPT, "--replacement", TRANSCODERS), "another model")
-    refused(run("trace", PROMPT, "--replacement", model), "manifest.json")
+    assert refused(trace(), path.name)
+    assert refused(run("trace", PROMPT, "--replacement", TRANSCODERS), "another model")
+    assert refused(run("trace", PROMPT, "--replacement", model), "manifest.json")
 
 
 def test_out_of_memory_is_a_message(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,4 +200,4 @@ def test_out_of_memory_is_a_message(run, monkeypatch: pytest.MonkeyPatch) -> Non
         raise MemoryError
 
     monkeypatch.setattr(circuits.trace, "record", exhausted)
-    refused(run("trace", PROMPT), "out of memory", "shorter prompt")
+    assert refused(run("trace", PROMPT), "out of memory", "shorter prompt")
