@@ -1,7 +1,7 @@
 """The base model: a Hugging Face causal LM of a known family, its tokenizer, and its weights as plain tensors."""
 
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,11 +46,13 @@ class BaseModel:
     ----------
     lm : the Hugging Face module, eager attention, evaluation mode
     tokenizer : its tokenizer, or None when the folder has none
+    files : the weight files that it came from; empty for a model made in memory
     family, shape, name, device : what their types say
     """
 
-    def __init__(self, lm: nn.Module, tokenizer: Any, name: str) -> None:
+    def __init__(self, lm: nn.Module, tokenizer: Any, name: str, files: Sequence[Path] = ()) -> None:
         self.lm = lm.eval().requires_grad_(False)
+        self.files = tuple(files)
         self.tokenizer = tokenizer
         self.name = name
         config: Any = lm.config
@@ -114,12 +116,17 @@ class BaseModel:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over the configuration and every parameter, by name: the same weights give the same identity."""
-        config: Any = self.lm.config
-        digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.lm.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        """SHA-256 over the weight files, whatever precision they are held in here; over the parameters without files."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(path.name.encode())
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        if not self.files:
+            for name, tensor in sorted(self.lm.state_dict().items()):
+                digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().float().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -168,7 +175,7 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
                 f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained"
             )
     shown = Path(name).resolve().name if Path(name).is_dir() else str(name)
-    return BaseModel(lm.to(device), load_tokenizer(name), shown)
+    return BaseModel(lm.to(device), load_tokenizer(name), shown, _weight_files(name))
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -179,6 +186,13 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _weight_files(name: str | Path) -> list[Path]:
+    from transformers.utils import cached_file
+
+    folder = Path(str(cached_file(str(name), "config.json"))).parent
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _first_line(error: BaseException) -> str:

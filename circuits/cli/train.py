@@ -31,6 +31,7 @@ KINDS = ("clt", "attention-sae")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--dtype", default="float16", show_default=True, help="Of the saved matrices.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--model-dtype", default="float32", show_default=True, help="Precision that the model runs in.")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--log-every", default=50, show_default=True, help="Steps between figures.")
 @click.option("--checkpoint-every", default=500, show_default=True, help="Steps between checkpoints.")
@@ -69,7 +70,7 @@ def command(**options: Any) -> None:
         window=options["window"],
         dtype=options["dtype"],
     )
-    model = load_base_model(options["model"], device=options["device"])
+    model = load_base_model(options["model"], device=options["device"], dtype=options["model_dtype"])
     with progress_bar(f"training {plan.kind}") as progress:
 
         def report(step: int, figures: dict[str, float]) -> None:

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--clt-options", default="", help="Options of `circuits train clt`, for the card.")
     parser.add_argument("--sae-options", default="", help="Options of `circuits train attention-sae`, for the card.")
     args = parser.parse_args()
-    model = circuits.load(args.out / "model", [args.out / "clt", args.out / "attention-sae"])
+    model = circuits.load(args.out / "model", [args.out / "clt", args.out / "attention-sae"], dtype="float32")
     corpus = Corpus(args.text, model.base.tokenizer, held_out=True, seed=3)
     with torch.no_grad():
         figures = {

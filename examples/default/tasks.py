@@ -178,6 +178,8 @@ KINDS = {
     "food": ["bread", "cheese", "soup", "rice", "meat", "butter", "honey", "cake", "milk", "egg"],
 }
 LETTERS = "ABCD"
+CHOICE = ("Choices", "Answers", "Options", "Here are four things")
+ASK = ("Where is the {}?", "Which letter has the {}?", "Find the {}?")
 
 
 @dataclass(frozen=True)
@@ -221,13 +223,12 @@ def succession(rng: random.Random) -> Prompt:
 
 
 def lettered_choice(rng: random.Random) -> Prompt:
-    kinds = rng.sample(sorted(KINDS), len(LETTERS))
-    options = [rng.choice(KINDS[kind]) for kind in kinds]
+    options = [rng.choice(KINDS[kind]) for kind in rng.sample(sorted(KINDS), len(LETTERS))]
     right = rng.randrange(len(LETTERS))
-    listed = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
-    asked = f"Where is the {options[right]}?" if rng.random() < 0.5 else f"Which one is a kind of {kinds[right]}?"
-    wrong = tuple(letter for letter in LETTERS if letter != LETTERS[right])
-    return Prompt(f"{asked} {listed} Answer: (", LETTERS[right], wrong, ")")
+    listed = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, options))
+    wrong = tuple(" " + letter for letter in LETTERS if letter != LETTERS[right])
+    text = f"{rng.choice(CHOICE)}: {listed}. {rng.choice(ASK).format(options[right])}"
+    return Prompt(text, " " + LETTERS[right], wrong, ".")
 
 
 TEMPLATES: dict[str, Callable[[random.Random], Prompt]] = {

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WIDTH = 256
-ATTENTION_SHARE = 0.3
+ATTENTION_SHARE = 0.3, 0.8
 EARLY = {"stories": 0.30, "books": 0.22, "repeated": 0.24, "templates": 0.24}
 LATE = {"stories": 0.34, "books": 0.28, "repeated": 0.08, "templates": 0.30}
 
@@ -155,11 +155,11 @@ def main() -> None:
     print({shelf: sum(map(len, parts)) for shelf, parts in train.shelves.items()}, "training tokens", flush=True)
 
     model = build(len(tokenizer), args.layers)
-    # Small batches and a large rate wash the attention weights out before they find anything: they go slower.
+    # Small batches and a large rate wash the attention weights out before they find anything: they go slower at first.
     attention = [p for name, p in model.named_parameters() if "self_attn" in name]
     others = [p for name, p in model.named_parameters() if "self_attn" not in name]
     adam = torch.optim.AdamW(
-        [{"params": attention, "share": ATTENTION_SHARE}, {"params": others, "share": 1.0}],
+        [{"params": attention}, {"params": others}],
         lr=args.rate,
         betas=(0.9, 0.98),
         weight_decay=0.01,
@@ -181,8 +181,8 @@ def main() -> None:
         loss = compiled(model, *tensors(train.rows(args.rows, WIDTH, shares)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in adam.param_groups:
-            group["lr"] = rate * group["share"]
+        adam.param_groups[0]["lr"] = rate * ATTENTION_SHARE[state["induced"]]
+        adam.param_groups[1]["lr"] = rate
         adam.step()
         model.zero_grad(set_to_none=True)
         running += 0.05 * (loss.item() - running) if running else loss.item()

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_reference import Pass, Reference, Target as PlainTarget
+from plain_reference import Pass, Reference
+from plain_reference import Target as PlainTarget
 from tiny_models import CASES, D_MODEL, N_LAYERS, Case, Key, build, keys
 
 import circuits
@@ -122,10 +123,10 @@ def test_pruned_trace_is_the_pruned_graph(name: str, thresholds: tuple[float, fl
         np.testing.assert_array_equal(getattr(traced.edges, column), getattr(pruned.edges, column))
     np.testing.assert_allclose(traced.edges.weight, pruned.edges.weight, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(traced.nodes.influence, pruned.nodes.influence, rtol=1e-5, atol=1e-7)
-    loadings = [
-        {(e, l, h, k): w for e, l, h, k, w in zip(g.heads.edge, g.heads.layer, g.heads.head, g.heads.key, g.heads.weight)}
-        for g in (traced, pruned)
-    ]
+    loadings = []
+    for heads in (traced.heads, pruned.heads):
+        places = zip(heads.edge.tolist(), heads.layer.tolist(), heads.head.tolist(), heads.key.tolist())
+        loadings.append(dict(zip(places, heads.weight.tolist())))
     strong = [{key: w for key, w in found.items() if abs(w) > 1e-5} for found in loadings]
     assert set(strong[0]) <= set(loadings[1])
     assert set(strong[1]) <= set(loadings[0])
@@ -183,7 +184,8 @@ def test_token_at_a_position_and_difference_of_tokens(name: str) -> None:
     probability = reference.logits[3].softmax(-1)[4]
     assert graph.nodes.probability[graph.nodes.kind == "logit"] == pytest.approx(float(probability), rel=1e-4)
     graph, found = explain(name, [TokenDifference(4, 9)])
-    assert_same_edges(found, covector_edges(name, lambda out: out.final[-1] @ (unembedding[4] - unembedding[9]), sources))
+    reader = unembedding[4] - unembedding[9]
+    assert_same_edges(found, covector_edges(name, lambda out: out.final[-1] @ reader, sources))
     assert graph.nodes.target_weight.sum() == 1.0
 
 
@@ -235,7 +237,7 @@ def test_several_positions_and_sites_at_once() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp_feature", "attention_feature"])
 def test_feature_as_target(kind: str) -> None:
-    """A feature node explained by itself: influence starts there, nothing above it is reached, its edges are the same."""
+    """A feature node explained by itself: influence starts there and reaches nothing above; its edges are the same."""
     name = MIXED[0]
     whole = full_graph(name)
     number = np.flatnonzero((whole.nodes.kind == kind) & (whole.nodes.layer == 1) & (whole.nodes.position == 4))[0]
