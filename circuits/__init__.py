@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from circuits.replacements.errors import ReplacementError
     from circuits.settings import TraceSettings
     from circuits.targets import Direction, FeatureTarget, TokenDifference, TokenTarget, TopTokens
-    from circuits.trace import trace
+    from circuits.tracing import trace
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _HOMES = {
     "TopTokens": "circuits.targets",
     "TraceSettings": "circuits.settings",
     "load": "circuits.loading",
-    "trace": "circuits.trace",
+    "trace": "circuits.tracing",
 }
 
 

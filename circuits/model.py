@@ -116,7 +116,7 @@ class BaseModel:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over the weight files, whatever precision they are held in here; over the parameters without files."""
+        """SHA-256 over the weight files, whatever precision they are held in; without files, over the parameters."""
         digest = hashlib.sha256()
         for path in self.files:
             digest.update(path.name.encode())
@@ -189,7 +189,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def _weight_files(name: str | Path) -> list[Path]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     folder = Path(str(cached_file(str(name), "config.json"))).parent
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

@@ -68,7 +68,7 @@ def prediction_table(graph: Graph) -> Table:
     """The graph's targets with their probabilities and pre-activations."""
     table = _table("Prediction", "target", "position", "probability>", "value>")
     nodes = graph.nodes
-    for node in sorted(np.flatnonzero(nodes.is_target), key=lambda i: -nodes.target_weight[i]):
+    for node in sorted(np.flatnonzero(nodes.is_target).tolist(), key=lambda i: -nodes.target_weight[i]):
         probability = nodes.probability[node]
         table.add_row(
             Text(node_name(graph, node), style="bold"),

@@ -76,7 +76,7 @@ def command(**options: Any) -> None:
 
     from circuits.cli.console import console, progress_bar, show_graph
     from circuits.loading import load
-    from circuits.trace import trace
+    from circuits.tracing import trace
 
     quiet_libraries()
     with progress_bar("loading"):
@@ -97,10 +97,11 @@ def command(**options: Any) -> None:
 
 def quiet_libraries() -> None:
     """Keep the progress bars and warnings of transformers off the terminal."""
-    import transformers
+    from transformers.utils import logging
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
 
 
 def _formats(text: str) -> list[str]:

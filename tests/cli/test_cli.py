@@ -194,10 +194,10 @@ def test_damaged_replacements(run, copied: tuple[Path, Path]) -> None:
 
 
 def test_out_of_memory_is_a_message(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import circuits.trace
+    from circuits import tracing
 
     def exhausted(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(circuits.trace, "record", exhausted)
+    monkeypatch.setattr(tracing, "record", exhausted)
     assert refused(run("trace", PROMPT), "out of memory", "shorter prompt")

@@ -1,7 +1,5 @@
 """The embedded default: what it predicts, that its ledgers close, and that head loadings are what patterns carry."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
