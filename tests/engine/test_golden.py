@@ -1,11 +1,12 @@
 """Another engine's numbers: circuit-tracer's answers for the same models, transcoders and prompts.
 
 One small case lies in `tests/data/golden`; all of `../shared/golden`, beside the checkout, are run where that folder
-exists. Its README says what is in `expected.npz`. A feature within rounding of its threshold may be active in one
+exists, and those of the folder that CIRCUITS_GOLDEN names. Its README says what is in `expected.npz`. A feature within rounding of its threshold may be active in one
 engine only; it is then left out of the comparison, with the errors at its position that take over what it wrote.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,8 @@ from circuits.recording import record
 CHECKOUT = Path(__file__).resolve().parents[2]
 SMALL = CHECKOUT / "tests" / "data" / "golden" / "gpt2_clt"
 SHARED = CHECKOUT.parent / "shared" / "golden"
-FOLDERS = [SMALL, *sorted(path.parent for path in SHARED.glob("*/expected.npz"))]
+MORE = Path(os.environ.get("CIRCUITS_GOLDEN", "no such folder"))
+FOLDERS = [SMALL, *sorted(path.parent for folder in (SHARED, MORE) for path in folder.glob("*/expected.npz"))]
 CLOSE = 1e-4
 
 
