@@ -1,8 +1,9 @@
 """Another engine's numbers: circuit-tracer's answers for the same models, transcoders and prompts.
 
 One small case lies in `tests/data/golden`; all of `../shared/golden`, beside the checkout, are run where that folder
-exists, and those of the folder that CIRCUITS_GOLDEN names. Its README says what is in `expected.npz`. A feature within rounding of its threshold may be active in one
-engine only; it is then left out of the comparison, with the errors at its position that take over what it wrote.
+exists, and those of the folder that CIRCUITS_GOLDEN names. Its README says what is in `expected.npz`. A feature within
+rounding of its threshold may be active in one engine only; it is then left out of the comparison, with the errors at
+its position that take over what it wrote.
 """
 
 import json
