@@ -28,6 +28,8 @@ class TrainingPlan:
 
     held_out
         Text for the figures at the end; by default every fiftieth document of `text`, which is then not trained on.
+    layers
+        Layers of attention to train for; all by default.
     window
         Longest document that the model is run on, in tokens.
     """
@@ -39,6 +41,7 @@ class TrainingPlan:
     loop: TrainingSettings
     held_out: tuple[Path, ...] = ()
     site: Literal["attn_out", "z"] = "attn_out"
+    layers: tuple[int, ...] = ()
     batch_tokens: int = 4096
     window: int = 256
     dtype: str = "float16"
@@ -49,9 +52,14 @@ def build_coder(model: BaseModel, plan: TrainingPlan) -> Coder:
     """The untrained replacement of the kind that the plan names."""
     shape = model.shape
     if plan.kind == "clt":
+        if plan.layers:
+            raise CircuitsError("a CLT has a dictionary for every layer; choose layers for attention SAEs only")
         return CrossLayerTranscoder(shape.n_layers, shape.d_model, plan.coder)
     width = shape.d_model if plan.site == "attn_out" else shape.n_heads * shape.d_head
-    return AttentionSAE(range(shape.n_layers), width, plan.coder, site=plan.site)
+    layers = plan.layers or tuple(range(shape.n_layers))
+    if not all(0 <= layer < shape.n_layers for layer in layers):
+        raise CircuitsError(f"layers {layers} are not all in the model, which has layers 0 to {shape.n_layers - 1}")
+    return AttentionSAE(layers, width, plan.coder, site=plan.site)
 
 
 def train_replacement(

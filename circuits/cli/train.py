@@ -24,6 +24,7 @@ KINDS = ("clt", "attention-sae")
 @click.option("--sparsity", type=float, help="Weight of the tanh penalty, for jump_relu.")
 @click.option("--site", type=click.Choice(["attn_out", "z"]), default="attn_out", show_default=True,
               help="What an attention SAE reads and rebuilds.")  # fmt: skip
+@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer's attention; may be repeated.")
 @click.option("--steps", default=2000, show_default=True)
 @click.option("--batch-tokens", default=4096, show_default=True)
 @click.option("--window", default=256, show_default=True, help="Longest piece of text, in tokens.")
@@ -66,6 +67,7 @@ def command(**options: Any) -> None:
         ),
         held_out=options["held_out"],
         site=options["site"],
+        layers=options["layers"],
         batch_tokens=options["batch_tokens"],
         window=options["window"],
         dtype=options["dtype"],
