@@ -17,6 +17,10 @@ stories, and it knows nothing.
 - **Not trained from noise alone**: half of the heads of layers 0 to 2 start near an induction circuit
   (`seed_induction` in that script says how and why). The induction that you see in its graphs was helped into being;
   the other behaviour was learned from data.
+- **The run was steered by hand**, and the script as committed is its recipe without the detours, not rerun since: to
+  step 800 templates were 14 % of the late mix, to step 1,000 the attention rate was 0.3 of the rest at a peak of
+  1.2e-3 (then 0.8 at 1.0e-3) and the lettered choices were worded another way. Only about five million tokens were
+  seen, so its text is simpler than such a model could be.
 - **Replacements**: a cross-layer transcoder with {clt_features} features a layer and attention output SAEs with
   {sae_features} features a layer, BatchTopK, trained by `circuits train` on the base model's activations. Stored in
   float16.
