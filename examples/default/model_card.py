@@ -37,7 +37,7 @@ circuits train clt --model build/model --text build/corpus/train.jsonl --held-ou
 circuits train attention-sae --model build/model --text build/corpus/train.jsonl \\
     --held-out build/corpus/held_out.jsonl -o build/replacements {sae_options}
 python examples/default/evaluate.py --text ../shared/data/text --corpus build/corpus/held_out.jsonl \\
-    --out circuits/default
+    --out circuits/default --model-tokens "{model_tokens}"
 ```
 
 Every figure on this page is written by the last command, from prompts and text that no training step saw.
@@ -77,6 +77,6 @@ def write_card(figures: dict[str, Any], settings: dict[str, str], path: Path) ->
     ]
     lines += [f"| {kind} | {row[0]:.3f} | {row[1]:.3f} |" for kind, row in graphs["by_kind"].items()]
     lines += ["", "## Twenty plain sentences, continued greedily", ""]
-    lines += [f"- {line}" for line in figures["continuations"]]
+    lines += ["- " + line.replace("\n", " / ") for line in figures["continuations"]]
     lines.append(HOW.format(**settings))
     path.write_text("\n".join(lines), encoding="utf-8")

@@ -96,9 +96,9 @@ def test_targets_from_the_command_line(run, tmp_path: Path) -> None:
         graph = Graph.load(tmp_path / "graph.npz")
         return graph, np.flatnonzero(graph.nodes.is_target)
 
-    graph, targets = nodes("--target", "Mary", "--minus", "John")
+    graph, targets = nodes("--target", " Mary", "--minus", " John")
     assert graph.nodes.label[targets].tolist() == [" Mary minus  John"]
-    graph, targets = nodes("--target", "Mary", "--target", "John")
+    graph, targets = nodes("--target", " Mary", "--target", " John")
     assert sorted(graph.nodes.label[targets].tolist()) == [" John", " Mary"]
     features = np.flatnonzero(graph.nodes.kind == "attention_feature")
     chosen = features[np.argmax(graph.nodes.influence[features])]
