@@ -188,7 +188,6 @@ class Prompt:
 
     text: str
     answer: str
-    wrong: tuple[str, ...] = ()
     ending: str = ""
 
     @property
@@ -208,7 +207,7 @@ def indirect_object(rng: random.Random) -> Prompt:
         "thing": rng.choice(OBJECTS),
         "verb": rng.choice(VERBS),
     }
-    return Prompt(rng.choice(INDIRECT_OBJECT).format(**fields, io=""), " " + other, (" " + giver,), rng.choice(ENDINGS))
+    return Prompt(rng.choice(INDIRECT_OBJECT).format(**fields, io=""), " " + other, rng.choice(ENDINGS))
 
 
 def succession(rng: random.Random) -> Prompt:
@@ -226,9 +225,8 @@ def lettered_choice(rng: random.Random) -> Prompt:
     options = [rng.choice(KINDS[kind]) for kind in rng.sample(sorted(KINDS), len(LETTERS))]
     right = rng.randrange(len(LETTERS))
     listed = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, options))
-    wrong = tuple(" " + letter for letter in LETTERS if letter != LETTERS[right])
     text = f"{rng.choice(CHOICE)}: {listed}. {rng.choice(ASK).format(options[right])}"
-    return Prompt(text, " " + LETTERS[right], wrong, ".")
+    return Prompt(text, " " + LETTERS[right], ".")
 
 
 TEMPLATES: dict[str, Callable[[random.Random], Prompt]] = {

@@ -115,7 +115,9 @@ def test_tooltips_tell_heads_and_numbers() -> None:
 def test_a_graph_without_edges_is_drawn() -> None:
     """Tokens and logits only."""
     graph = hand_graph().select(np.array([True, True, False, False, True]), np.zeros(5, bool))
-    ElementTree.fromstring(to_svg(graph))
+    root = ElementTree.fromstring(to_svg(graph))
+    assert root.tag.endswith("svg")
+    assert "3 nodes" in to_svg(graph)
 
 
 def test_curves_begin_and_end_at_their_nodes() -> None:
