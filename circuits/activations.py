@@ -185,7 +185,7 @@ class ActivationStream:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 7919 * self._chunk_start + 1)
         shuffled = torch.randperm(count, generator=generator)[:wanted]
         pieces: dict[str, list[Tensor]] = {str(site): [] for site in self.sites}
-        for documents in _groups(chosen):
+        for documents in groups(chosen):
             ids, mask = pad(documents, self.model.device)
             mask[:, 0] = False
             kept: dict[str, Tensor] = {}
@@ -196,7 +196,7 @@ class ActivationStream:
         self._held = {name: torch.cat(values)[shuffled.to(values[0].device)] for name, values in pieces.items()}
 
 
-def _groups(documents: Sequence[Document], budget: int = 8192) -> Iterator[list[Document]]:
+def groups(documents: Sequence[Document], budget: int = 8192) -> Iterator[list[Document]]:
     """Documents of like length, at most `budget` padded tokens together."""
     group: list[Document] = []
     for document in documents:

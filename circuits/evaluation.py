@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.activations import Document, _groups, capturing, pad
+from circuits.activations import Document, capturing, groups, pad
 from circuits.families import part
 from circuits.kernels.decode import gather_decode
 from circuits.linearize import write_depth
@@ -79,7 +79,7 @@ def dictionary_figures(
     dictionaries = [d for r in replacements for d in r.dictionaries]
     sites: list[ReadSite | Site] = [*{d.read for d in dictionaries}, *{w for d in dictionaries for w in d.writes}]
     fits = {d.name: Fit() for d in dictionaries}
-    for group in _groups(sorted(documents, key=len)):
+    for group in groups(sorted(documents, key=len)):
         ids, mask = pad(group, model.device)
         mask[:, 0] = False
         kept: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def cross_entropy(model: BaseModel, replacements: Sequence[Replacement], documen
     """Loss of the base model, the replaced model and the zero-ablated model on documents."""
     dictionaries = [d for r in replacements for d in r.dictionaries]
     sums, count = [0.0, 0.0, 0.0], 0
-    for group in _groups(sorted(documents, key=len)):
+    for group in groups(sorted(documents, key=len)):
         ids, mask = pad(group, model.device)
         wanted = mask[:, 1:]
         count += int(wanted.sum())

@@ -88,7 +88,6 @@ class Rows:
 
     def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
         self.linear, self.table = linear, table
-        self.n_positions = linear.recording.n_positions
         self._stretches: OrderedDict[tuple[int, int], _Stretch] = OrderedDict()
 
     def blocks(self, targets: Targets) -> Iterator[RowBlock]:

@@ -99,13 +99,12 @@ class _Edges:
         self.pieces.append((columns[column], targets[row], values[row, column]))
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, target and weight of all edges, sorted by target, then source."""
+        """Source, target and weight of all edges."""
         if not self.pieces:
             none = np.zeros(0, dtype=np.int64)
             return none, none, np.zeros(0, dtype=np.float32)
         source, target, weight = (np.concatenate(parts) for parts in zip(*self.pieces, strict=True))
-        order = np.lexsort((source, target))
-        return source[order], target[order], weight[order]
+        return source, target, weight
 
 
 def _target_list(linear: LinearizedModel, table: NodeTable, prompt: Prompt, targets: Sequence[Target]) -> TargetList:

@@ -15,6 +15,7 @@ from statistics import median
 
 import tasks
 import torch
+from accuracy import task_accuracy
 from corpus import Corpus
 from model_card import write_card
 
@@ -31,29 +32,6 @@ SENTENCES = (
     "The farmer had a", "When the rain stopped, the children", "The cat looked at the", "He did not know what to",
     "At last they came to a great",
 )  # fmt: skip
-
-
-def task_figures(model: circuits.Model, corpus: Corpus, count: int) -> dict[str, float]:
-    """Accuracy on held-out task prompts: the answer is first (the other name before the giver, the right letter)."""
-    lm, tokenizer, rng = model.base.lm, model.base.tokenizer, random.Random(99)
-    figures = {}
-    for task in tasks.TEMPLATES:
-        stream, right = tasks.prompts(task, rng, held_out=True), 0
-        for _ in range(count):
-            prompt = next(stream)
-            ids = [corpus.bos, *tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
-            answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"][0]
-            right += int(lm(torch.tensor([ids])).logits[0, -1].argmax()) == answer
-        figures[task] = right / count
-    hits, seen = 0, 0
-    for _ in range(count):
-        period = rng.randint(10, 60)
-        first = [rng.choice(corpus.vocabulary) for _ in range(period)]
-        top = lm(torch.tensor([[corpus.bos, *first, *first]])).logits[0, period + 1 : -1].argmax(-1)
-        hits += int((top == torch.tensor(first[1:])).sum())
-        seen += period - 1
-    figures["induction"] = hits / seen
-    return figures
 
 
 def text_loss(model: circuits.Model, corpus: Corpus) -> dict[str, float]:
@@ -139,7 +117,7 @@ def main() -> None:
     corpus = Corpus(args.text, model.base.tokenizer, held_out=True, seed=3)
     with torch.no_grad():
         figures = {
-            "tasks": task_figures(model, corpus, args.prompts),
+            "tasks": task_accuracy(model.base.lm, model.base.tokenizer, corpus, args.prompts),
             "text_loss": text_loss(model, corpus),
             "replacements": measure(model.base, model.replacements, read_documents(model.base, [args.corpus], 128)),
             "graphs": graph_figures(model, corpus, args.prompts),

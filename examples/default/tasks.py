@@ -112,14 +112,14 @@ OBJECTS = [
 ]
 VERBS = ["gave", "handed", "passed", "sent", "offered", "brought"]
 INDIRECT_OBJECT = (
-    "When {a} and {b} went to the {place}, {s} {verb} a {thing} to{io}",
-    "When {a} and {b} got to the {place}, {s} {verb} the {thing} to{io}",
-    "After {a} and {b} went to the {place}, {s} {verb} a {thing} to{io}",
-    "Then {a} and {b} went to the {place}. {s} {verb} a {thing} to{io}",
-    "Then {a} and {b} had a long talk at the {place}, and {s} {verb} a {thing} to{io}",
-    "{a} and {b} were at the {place}. There {s} {verb} the {thing} to{io}",
-    "One day {a} met {b} at the {place}, and {s} {verb} a {thing} to{io}",
-    "While {a} and {b} were walking to the {place}, {s} {verb} a {thing} to{io}",
+    "When {a} and {b} went to the {place}, {s} {verb} a {thing} to",
+    "When {a} and {b} got to the {place}, {s} {verb} the {thing} to",
+    "After {a} and {b} went to the {place}, {s} {verb} a {thing} to",
+    "Then {a} and {b} went to the {place}. {s} {verb} a {thing} to",
+    "Then {a} and {b} had a long talk at the {place}, and {s} {verb} a {thing} to",
+    "{a} and {b} were at the {place}. There {s} {verb} the {thing} to",
+    "One day {a} met {b} at the {place}, and {s} {verb} a {thing} to",
+    "While {a} and {b} were walking to the {place}, {s} {verb} a {thing} to",
 )
 ENDINGS = (".", " and smiled.", ", and they were happy.", " and said goodbye.", ".")
 
@@ -207,7 +207,7 @@ def indirect_object(rng: random.Random) -> Prompt:
         "thing": rng.choice(OBJECTS),
         "verb": rng.choice(VERBS),
     }
-    return Prompt(rng.choice(INDIRECT_OBJECT).format(**fields, io=""), " " + other, rng.choice(ENDINGS))
+    return Prompt(rng.choice(INDIRECT_OBJECT).format(**fields), " " + other, rng.choice(ENDINGS))
 
 
 def succession(rng: random.Random) -> Prompt:

@@ -8,13 +8,12 @@ resumes from it.
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 
-import numpy as np
 import tasks
 import torch
+from accuracy import task_accuracy
 from corpus import Corpus, Rows, train_tokenizer
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -106,27 +105,11 @@ def measure(
 ) -> dict[str, float]:
     """Loss on held-out text and accuracy on held-out task prompts."""
     model.eval()
-    rng = random.Random(7)
     figures = {}
     for shelf in ("stories", "books"):
         corpus.rng.seed(11)
         figures[f"loss {shelf}"] = float(loss_of(model, *tensors(corpus.rows(count // 5, WIDTH, {shelf: 1.0}))))
-    hits = []
-    for _ in range(count // 5):
-        period = rng.choice((20, 40, 60))
-        ids = [rng.choice(corpus.vocabulary) for _ in range(period)] * 2
-        top = model(torch.tensor([[corpus.bos, *ids]])).logits[0, period + 1 : -1].argmax(-1)
-        hits.append((top == torch.tensor(ids[period + 1 :])).float().mean())
-    figures["induction"] = float(np.mean(hits))
-    for task in tasks.TEMPLATES:
-        right = 0
-        stream = tasks.prompts(task, rng, held_out=True)
-        for _ in range(count):
-            prompt = next(stream)
-            ids = [corpus.bos, *tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
-            answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"][0]
-            right += int(model(torch.tensor([ids])).logits[0, -1].argmax()) == answer
-        figures[task] = right / count
+    figures |= task_accuracy(model, tokenizer, corpus, count)
     model.train()
     return figures
 
