@@ -17,8 +17,9 @@ from circuits.replacements.coder import Coder, CoderSettings
 from circuits.replacements.dictionary import ReadSite, Replacement, Site, load_replacement
 from circuits.replacements.formats import native
 from circuits.replacements.training import TrainingSettings, train
+from circuits.replacements.weakly_causal import WeaklyCausalTranscoder
 
-Kind = Literal["clt", "attention-sae"]
+Kind = Literal["clt", "attention-sae", "weakly-causal"]
 CHECKPOINTS = "checkpoints"
 
 
@@ -51,9 +52,11 @@ class TrainingPlan:
 def build_coder(model: BaseModel, plan: TrainingPlan) -> Coder:
     """The untrained replacement of the kind that the plan names."""
     shape = model.shape
+    if plan.layers and plan.kind != "attention-sae":
+        raise CircuitsError(f"{plan.kind} has dictionaries for every layer; choose layers for attention SAEs only")
+    if plan.kind == "weakly-causal":
+        return WeaklyCausalTranscoder(shape.n_layers, shape.d_model, plan.coder)
     if plan.kind == "clt":
-        if plan.layers:
-            raise CircuitsError("a CLT has a dictionary for every layer; choose layers for attention SAEs only")
         return CrossLayerTranscoder(shape.n_layers, shape.d_model, plan.coder)
     width = shape.d_model if plan.site == "attn_out" else shape.n_heads * shape.d_head
     layers = plan.layers or tuple(range(shape.n_layers))

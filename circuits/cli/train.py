@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-KINDS = ("clt", "attention-sae")
+KINDS = ("clt", "attention-sae", "weakly-causal")
 
 
 @click.command("train", short_help="Train a replacement on text.")
