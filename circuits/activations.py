@@ -1,138 +1,45 @@
-"""Activations for training, streamed from text: shuffled batches of what dictionaries read and write.
+"""Activations for training, streamed from text: batches of what replacements read and write.
 
-Documents are run through the model in chunks; the tokens of a chunk are shuffled among one another. The stream's
-state is three numbers, and a chunk is computed again from them, so that a training resumes exactly.
+Documents are run through the model in chunks, in an order shuffled anew each epoch. `TokenStream` shuffles the tokens
+of a chunk among one another; `ContextStream` keeps documents whole, with attention patterns, for replacements that
+move features between positions. A stream's state is a few numbers, and a chunk is computed again from them, so that
+a training resumes exactly.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from circuits.capturing import capturing, joined
 from circuits.errors import CircuitsError
 from circuits.families import part
 from circuits.model import BaseModel
-from circuits.prompt import prepare
-from circuits.replacements.dictionary import ReadSite, Site
+from circuits.replacements.sites import ReadSite, Site
+from circuits.text import Document, groups, pad
 
-SEPARATOR = "<|endoftext|>"
-Document = tuple[int, ...]
-
-
-def read_documents(model: BaseModel, paths: Sequence[Path], window: int) -> list[Document]:
-    """Documents as token ids, each at most `window` long and each with the tokenizer's BOS in front.
-
-    A `.jsonl` file has a list of token ids a line, taken as given. Any other file is UTF-8 text with documents
-    separated by `<|endoftext|>`; a long document gives several windows.
-    """
-    documents: list[Document] = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CircuitsError(f"{path}: the text could not be read: {error}") from error
-        if path.suffix == ".jsonl":
-            documents += _token_lines(model, path, text, window)
-            continue
-        for part_text in text.split(SEPARATOR):
-            if part_text := part_text.strip():
-                documents += _windows(model, part_text, window)
-    documents = [document for document in documents if len(document) > 1]
-    if not documents:
-        raise CircuitsError(f"{', '.join(map(str, paths))}: no document of at least two tokens")
-    return documents
-
-
-def _token_lines(model: BaseModel, path: Path, text: str, window: int) -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            ids = json.loads(line)
-            documents.append(tuple(int(i) for i in ids)[:window])
-        except (ValueError, TypeError) as error:
-            raise CircuitsError(f"{path}, line {number}: expected a JSON list of token ids: {error}") from error
-        if not all(0 <= i < model.shape.vocabulary for i in documents[-1]):
-            raise CircuitsError(f"{path}, line {number}: a token id is outside the vocabulary")
-    return documents
-
-
-def _windows(model: BaseModel, text: str, window: int) -> list[Document]:
-    if model.tokenizer is None:
-        raise CircuitsError(f"{model.name} has no tokenizer; give token ids in a .jsonl file")
-    front = list(prepare(model, text[:1]).token_ids[:1])
-    ids = [int(i) for i in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    step = window - 1
-    return [tuple(front + ids[i : i + step]) for i in range(0, len(ids), step)]
-
-
-@contextmanager
-def capturing(model: BaseModel, sites: Sequence[ReadSite | Site], kept: dict[str, Tensor]) -> Iterator[None]:
-    """Within the context a forward pass leaves (batch, S, D) of every site in `kept`, under the site's name."""
-    family, handles = model.family, []
-
-    def keep_output(module: nn.Module, name: str) -> None:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            kept[name] = (output[0] if isinstance(output, tuple) else output).float()
-
-        handles.append(module.register_forward_hook(hook))
-
-    def keep_input(module: nn.Module, name: str) -> None:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            kept[name] = (args[0] if args else kwargs["hidden_states"]).float()
-
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    outputs = {"attn_out": family.attention, "mlp_out": family.mlp}
-    inputs = {"resid_pre": family.attention_norm, "resid_mid": family.mlp_norm, "z": family.attention_output}
-    for wanted in sites:
-        site, norm = (wanted.site, wanted.norm) if isinstance(wanted, ReadSite) else (wanted, "none")
-        block = model.blocks[site.layer]
-        if norm == "full":
-            keep_output(part(block, inputs[site.name]), str(wanted))
-        elif norm == "scale":
-            raise CircuitsError(f"training on {wanted} is not supported; use the norm 'full' or 'none'")
-        elif site.name in outputs:
-            keep_output(part(block, outputs[site.name]), str(wanted))
-        else:
-            keep_input(part(block, inputs[site.name]), str(wanted))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def pad(documents: Sequence[Document], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, S), padded on the right with zeros, and the mask (B, S) of real tokens."""
-    width = max(map(len, documents))
-    ids = torch.zeros(len(documents), width, dtype=torch.long)
-    mask = torch.zeros(len(documents), width, dtype=torch.bool)
-    for row, document in enumerate(documents):
-        ids[row, : len(document)] = torch.tensor(document)
-        mask[row, : len(document)] = True
-    return ids.to(device), mask.to(device)
+Batch = dict[str, Tensor]
 
 
 @dataclass
-class ActivationStream:
-    """Endless shuffled batches `{str(site): (batch_tokens, D)}`; first tokens of documents are left out.
+class ActivationStream(ABC):
+    """Endless batches of activations.
 
     Parameters
     ----------
     sites
-        Read and write sites, see `Coder.reads` and `Coder.writes`.
+        Read and write sites, and "pattern.l" for attention patterns.
+    batch_tokens
+        Tokens of a batch: exactly so many in a `TokenStream`, about so many in a `ContextStream`.
     chunk
-        Batches whose tokens are shuffled among one another.
+        Batches that are computed together and shuffled among one another.
     """
 
     model: BaseModel
     documents: list[Document]
-    sites: tuple[ReadSite | Site, ...]
+    sites: tuple[ReadSite | Site | str, ...]
     batch_tokens: int = 4096
     chunk: int = 8
     seed: int = 0
@@ -141,20 +48,18 @@ class ActivationStream:
         if sum(len(document) - 1 for document in self.documents) < self.batch_tokens:
             raise CircuitsError(f"the text has fewer tokens than one batch of {self.batch_tokens}; give more text")
         self._next_document, self._chunk_start, self._place = 0, 0, 0
-        self._held: dict[str, Tensor] = {}
+        self._held: list[Batch] = []
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __iter__(self) -> "ActivationStream":
         return self
 
-    def __next__(self) -> dict[str, Tensor]:
-        if not self._held or (self._place + 1) * self.batch_tokens > len(next(iter(self._held.values()))):
-            self._chunk_start = self._next_document
-            self._fill()
-            self._place = 0
-        rows = slice(self._place * self.batch_tokens, (self._place + 1) * self.batch_tokens)
+    def __next__(self) -> Batch:
+        if self._place >= len(self._held):
+            self._chunk_start, self._place = self._next_document, 0
+            self._held = self._chunk()
         self._place += 1
-        return {name: values[rows] for name, values in self._held.items()}
+        return self._held[self._place - 1]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
@@ -163,9 +68,7 @@ class ActivationStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a stream of the same documents stood."""
         self._chunk_start = self._next_document = int(state["chunk_start"])
-        self._place, self._held = int(state["place"]), {}
-        if state["filled"]:
-            self._fill()
+        self._place, self._held = int(state["place"]), self._chunk() if state["filled"] else []
 
     def _document(self, number: int) -> Document:
         epoch, place = divmod(number, len(self.documents))
@@ -175,33 +78,57 @@ class ActivationStream:
         return self.documents[self._order[1][place]]
 
     @torch.no_grad()
-    def _fill(self) -> None:
+    def _chunk(self) -> list[Batch]:
+        """The next documents, at least `chunk * batch_tokens` tokens of them, as batches."""
         wanted, chosen, count = self.chunk * self.batch_tokens, [], 0
         while count < wanted:
             chosen.append(self._document(self._next_document))
             self._next_document += 1
             count += len(chosen[-1]) - 1
-        chosen.sort(key=len)
+        return self._batches(sorted(chosen, key=len))
+
+    @abstractmethod
+    def _batches(self, documents: list[Document]) -> list[Batch]:
+        """The activations of documents sorted by length."""
+
+    def _shuffled(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 7919 * self._chunk_start + 1)
-        shuffled = torch.randperm(count, generator=generator)[:wanted]
+        return torch.randperm(count, generator=generator)
+
+    def _run(self, documents: list[Document]) -> tuple[Batch, Tensor]:
+        """Activations of documents, and the mask (C, S) of their tokens."""
+        ids, mask = pad(documents, self.model.device)
+        kept: Batch = {}
+        with capturing(self.model, self.sites, kept):
+            part(self.model.lm, self.model.family.trunk)(input_ids=ids, use_cache=False)
+        return {str(site): joined(kept, site) for site in self.sites}, mask
+
+
+class TokenStream(ActivationStream):
+    """Batches `{str(site): (batch_tokens, D)}` of shuffled tokens; first tokens of documents are left out."""
+
+    def _batches(self, documents: list[Document]) -> list[Batch]:
         pieces: dict[str, list[Tensor]] = {str(site): [] for site in self.sites}
-        for documents in groups(chosen):
-            ids, mask = pad(documents, self.model.device)
+        for group in groups(documents):
+            values, mask = self._run(group)
             mask[:, 0] = False
-            kept: dict[str, Tensor] = {}
-            with capturing(self.model, self.sites, kept):
-                part(self.model.lm, self.model.family.trunk)(input_ids=ids, use_cache=False)
-            for name, values in kept.items():
-                pieces[name].append(values[mask])
-        self._held = {name: torch.cat(values)[shuffled.to(values[0].device)] for name, values in pieces.items()}
+            for name, value in values.items():
+                pieces[name].append(value[mask])
+        order = self._shuffled(sum(len(document) - 1 for document in documents))[: self.chunk * self.batch_tokens]
+        tokens = {name: torch.cat(values)[order.to(self.model.device)] for name, values in pieces.items()}
+        size = self.batch_tokens
+        return [{name: values[i * size : (i + 1) * size] for name, values in tokens.items()} for i in range(self.chunk)]
 
 
-def groups(documents: Sequence[Document], budget: int = 8192) -> Iterator[list[Document]]:
-    """Documents of like length, at most `budget` padded tokens together."""
-    group: list[Document] = []
-    for document in documents:
-        if group and (len(group) + 1) * len(document) > budget:
-            yield group
-            group = []
-        group.append(document)
-    yield group
+class ContextStream(ActivationStream):
+    """Batches of whole documents of like length, padded on the right to S positions.
+
+    `{str(site): (C, S, D)}`, "pattern.l" (C, H, S, S), and "mask" (C, S), true at real tokens, the first included.
+    """
+
+    def _batches(self, documents: list[Document]) -> list[Batch]:
+        batches = []
+        for group in groups(documents, self.batch_tokens):
+            values, mask = self._run(group)
+            batches.append(values | {"mask": mask})
+        return [batches[i] for i in self._shuffled(len(batches)).tolist()]

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.activations import Document, capturing, groups, pad
+from circuits.capturing import capturing
 from circuits.families import part
 from circuits.kernels.decode import gather_decode
 from circuits.linearize import write_depth
 from circuits.model import BaseModel
-from circuits.replacements.dictionary import Active, Dictionary, ReadSite, Replacement, Site
+from circuits.replacements.dictionary import Active, Dictionary, Replacement
+from circuits.replacements.sites import ReadSite, Site
+from circuits.text import Document, groups, pad
 
 
 @dataclass

@@ -17,7 +17,8 @@ from circuits.errors import CircuitsError
 from circuits.kernels.attend import pull_readers, pull_stream, push_stream, push_values
 from circuits.model import AttentionWeights, BaseModel
 from circuits.recording import NormRecord, Recording
-from circuits.replacements.dictionary import Dictionary, ReadSite, Replacement, Site
+from circuits.replacements.dictionary import Dictionary, Replacement
+from circuits.replacements.sites import ReadSite, Site
 
 
 def write_depth(site: Site) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from circuits.errors import CircuitsError
 from circuits.families import part
 from circuits.model import BaseModel
-from circuits.replacements.dictionary import ReadSite
+from circuits.replacements.sites import ReadSite
 
 
 @dataclass(frozen=True)

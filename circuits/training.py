@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 import torch
 
-from circuits.activations import ActivationStream, Document, read_documents
+from circuits.activations import TokenStream
 from circuits.errors import CircuitsError
 from circuits.evaluation import cross_entropy, dictionary_figures
 from circuits.model import BaseModel
 from circuits.replacements.attention_sae import AttentionSAE
 from circuits.replacements.clt import CrossLayerTranscoder
 from circuits.replacements.coder import Coder, CoderSettings
-from circuits.replacements.dictionary import ReadSite, Replacement, Site, load_replacement
+from circuits.replacements.dictionary import Replacement, load_replacement
 from circuits.replacements.formats import native
+from circuits.replacements.sites import ReadSite, Site
 from circuits.replacements.training import TrainingSettings, train
 from circuits.replacements.weakly_causal import WeaklyCausalTranscoder
+from circuits.text import Document, read_documents
 
 Kind = Literal["clt", "attention-sae", "weakly-causal"]
 CHECKPOINTS = "checkpoints"
@@ -78,7 +80,7 @@ def train_replacement(
     documents, held_out = _split(model, plan)
     module = build_coder(model, plan)
     sites: tuple[ReadSite | Site, ...] = tuple(dict.fromkeys([*module.reads, *module.writes]))
-    stream = ActivationStream(model, documents, sites, plan.batch_tokens, seed=plan.coder.seed)
+    stream = TokenStream(model, documents, sites, plan.batch_tokens, seed=plan.coder.seed)
     train(module, stream, plan.loop, plan.output / CHECKPOINTS / plan.kind, on_figures)
     replacement = Replacement(
         name=plan.kind,

@@ -10,13 +10,13 @@ Only the active entries are returned; the dense (T, F) block is made for a bound
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-ActivationKind = Literal["relu", "jump_relu", "topk", "batch_topk"]
-ACTIVATION_KINDS: tuple[ActivationKind, ...] = ("relu", "jump_relu", "topk", "batch_topk")
+ActivationKind = Literal["relu", "jump_relu", "topk", "batch_topk", "identity", "group_soft"]
+ACTIVATION_KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)
 BLOCK = 1 << 24  # entries of pre_TF in memory at once: 64 MiB of float32
 
 
@@ -28,7 +28,10 @@ class Activation:
         `relu`: pre > 0. `jump_relu`: pre > threshold_F (Rajamanoharan et al. 2024, *Jumping Ahead*). `topk`: the k
         largest of each position (Gao et al. 2024). `batch_topk`: trained with the k T largest of a batch of T
         positions; used, as here, like `jump_relu` with the threshold that training has estimated (Bussmann et al.
-        2024, *BatchTopK*). The value of an active feature is its pre-activation in all of them.
+        2024, *BatchTopK*). `identity`: all. The value of an active feature is its pre-activation in all of these. `group_soft`, for features
+        of rank r, whose pre-activation is the length of a vector: pre > threshold_F, with the value pre - threshold_F
+        (the group soft threshold: the vector keeps its direction and loses so much of its length; Yuan & Lin 2006,
+        *Model selection and estimation in regression with grouped variables*).
     k
         For `topk`, and for the record for `batch_topk`.
     rectify
@@ -50,7 +53,7 @@ class Activation:
 
     @property
     def needs_threshold(self) -> bool:
-        return self.kind in ("jump_relu", "batch_topk")
+        return self.kind in ("jump_relu", "batch_topk", "group_soft")
 
 
 def encode(
@@ -65,26 +68,33 @@ def encode(
     W_enc, b_enc
         (F, D) and (F,).
     activation, threshold
-        `threshold` is (F,) or a single number; for `jump_relu` and `batch_topk` only.
+        `threshold` is (F,) or a single number, for the activations that need one.
 
     Returns
     -------
     positions, features, activations, pre_activations
         (n,) each, sorted by position, then feature.
     """
+    parts = [
+        gate(pre_TF, activation, threshold, first_position=first) for first, pre_TF in _blocks(x, W_enc, b_enc)
+    ] or [gate(x.new_zeros(0, len(W_enc)), activation, threshold)]
+    positions, features, activations, pre_activations = (torch.cat(part) for part in zip(*parts, strict=True))
+    return positions, features, activations, pre_activations
+
+
+def gate(
+    pre: Tensor, activation: Activation, threshold: Tensor | None, *, first_position: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Active entries of pre-activations (T, F) whose first row stands at `first_position`; returns as `encode`."""
     if activation.needs_threshold and threshold is None:
         raise ValueError(f"activation {activation.kind!r} needs a threshold")
-    positions, features, values = [], [], []
-    for first, pre_TF in _blocks(x, W_enc, b_enc):
-        where = _active(pre_TF, activation, threshold).nonzero(as_tuple=True)
-        positions.append(where[0] + first)
-        features.append(where[1])
-        values.append(pre_TF[where])
-    if not positions:
-        none = torch.zeros(0, dtype=torch.int64, device=x.device)
-        return none, none, x.new_zeros(0), x.new_zeros(0)
-    value = torch.cat(values)
-    return torch.cat(positions), torch.cat(features), value, value.clone()
+    positions, features = _active(pre, activation, threshold).nonzero(as_tuple=True)
+    values = pre[positions, features]
+    activations = values.clone()
+    if activation.kind == "group_soft":
+        assert threshold is not None
+        activations -= threshold[features] if threshold.numel() > 1 else threshold
+    return positions + first_position, features, activations, values
 
 
 def _blocks(x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -99,6 +109,8 @@ def _active(pre_TF: Tensor, activation: Activation, threshold: Tensor | None) ->
     if activation.needs_threshold:
         assert threshold is not None
         return (pre_TF > threshold) & (pre_TF != 0)
+    if activation.kind == "identity":
+        return pre_TF != 0
     if activation.kind == "relu":
         return pre_TF > 0
     assert activation.k is not None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from circuits.replacements.coder import Coder, CoderSettings, Layout
-from circuits.replacements.dictionary import ReadSite, Site
+from circuits.replacements.sites import ReadSite, Site
 
 
 class AttentionSAE(Coder):

@@ -1,7 +1,7 @@
 """Cross-layer transcoder (Ameisen et al. 2025, *Circuit Tracing*; Lindsey et al. 2024, *Sparse crosscoders*)."""
 
 from circuits.replacements.coder import Coder, CoderSettings, Layout
-from circuits.replacements.dictionary import Norm, ReadSite, Site
+from circuits.replacements.sites import Norm, ReadSite, Site
 
 
 class CrossLayerTranscoder(Coder):

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from circuits.kernels.encode import Activation
-from circuits.replacements.dictionary import Decoder, Dictionary, ReadSite, Site
+from circuits.replacements.dictionary import Decoder, Dictionary
 from circuits.replacements.errors import ReplacementError
+from circuits.replacements.sites import ReadSite, Site
 from circuits.replacements.sparse import Pattern, decode_at, encode_at
 from circuits.replacements.sparsity import (
     choose_above,

@@ -7,93 +7,64 @@ active feature to one or several sites (DESIGN.md, section 3):
     a_f   = pre_f if active else 0
     y_s   = sum_f a_f W_dec_f,s + bias_s (+ skip . x at the first write site)
 
-CLT, transcoder and attention output SAE are this with different sites. A replacement is all the dictionaries that
-stand in one directory.
+CLT, transcoder and attention output SAE are this with different sites. Two things may be added:
+
+- *movement* (`moved_by`): features get from the source position where they are read to destination positions.
+  Through the base layer's heads (`HeadLoading`) a feature has its gate at the source, and at the destination its
+  activation is what arrives, `sum_s P_f[p, s] a_f[s]`; a pattern of its own (`OwnAttention`) moves pre-activations, and
+  the gate stands at the destination.
+- *rank*: a feature of rank r owns r rows of the encoder and of every decoder, `pre_f = E_f x + b_f` is a vector (r,),
+  and so is what it writes from. Such a feature is one node: on a prompt it is the unit vector of its recorded
+  pre-activation, its *direction*, that reads and writes.
+
+A replacement is all the dictionaries that stand in one directory.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.kernels.encode import Activation, encode
+from circuits.kernels.encode import Activation, encode, gate
+from circuits.kernels.move import mix, move_features
 from circuits.replacements.errors import ReplacementError
+from circuits.replacements.movement import HeadLoading, Movement, OwnAttention
+from circuits.replacements.sites import ReadSite, Site
 from circuits.replacements.weights import Rows
-
-Norm = Literal["full", "scale", "none"]
-SITE_NAMES = ("resid_pre", "attn_out", "z", "resid_mid", "mlp_out", "resid_post")
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """A place in the stream: `Site("mlp_out", 3)`, written "mlp_out.3".
-
-    `z` is the concatenated head outputs before W_O, width heads x head width; all others have the model's width.
-    """
-
-    name: str
-    layer: int
-
-    def __post_init__(self) -> None:
-        if self.name not in SITE_NAMES or self.layer < 0:
-            raise ReplacementError(
-                f"unknown site {self.name}.{self.layer}; expected NAME.LAYER with NAME one of {', '.join(SITE_NAMES)}"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.name}.{self.layer}"
-
-    @staticmethod
-    def parse(text: str) -> "Site":
-        """The inverse of `str`: `Site.parse("mlp_out.3") == Site("mlp_out", 3)`."""
-        found = re.fullmatch(r"(\w+)\.(\d+)", text)
-        if not found:
-            raise ReplacementError(f"unknown site {text!r}; expected NAME.LAYER, such as mlp_out.3")
-        return Site(found[1], int(found[2]))
-
-
-@dataclass(frozen=True, order=True)
-class ReadSite:
-    """A site and what is done to it before a dictionary reads it; written "resid_mid.3:full".
-
-    norm
-        `full`: the block's norm with gain and bias. `scale`: normalised, without gain and bias. `none`: the raw site.
-    """
-
-    site: Site
-    norm: Norm
-
-    def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
-            raise ReplacementError(f"unknown norm {self.norm!r}; expected one of {', '.join(get_args(Norm))}")
-
-    def __str__(self) -> str:
-        return f"{self.site}:{self.norm}"
-
-    @staticmethod
-    def parse(text: str) -> "ReadSite":
-        """The inverse of `str`. Without a colon the norm is `none`."""
-        site, _, norm = text.partition(":")
-        return ReadSite(Site.parse(site), norm or "none")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Active:
-    """The active entries of one dictionary on one prompt, (n,) each, sorted by position, then feature."""
+    """The active entries of one dictionary on one prompt, (n,) each, sorted by position, then feature.
+
+    `directions` (n, r), unit vectors, are there for features of rank r > 1; activations and pre-activations are then
+    lengths along them.
+    """
 
     positions: Tensor
     features: Tensor
     activations: Tensor
     pre_activations: Tensor
+    directions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def take(self, index: Tensor) -> "Active":
+        """Some of the entries, by mask or by index."""
+        directions = None if self.directions is None else self.directions[index]
+        return Active(
+            self.positions[index],
+            self.features[index],
+            self.activations[index],
+            self.pre_activations[index],
+            directions,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,6 +77,10 @@ class Decoder:
     @property
     def width(self) -> int:
         return self.rows.shape[-1]
+
+    def all(self) -> Tensor:
+        """Every row, (R, D)."""
+        return self.rows.rows(torch.arange(self.rows.shape[0]), column=self.column)
 
 
 @dataclass(eq=False)
@@ -131,6 +106,10 @@ class Dictionary:
         (D_out, D): the output at `writes[0]` gets `skip @ x`.
     before_post_norm
         The writes are the sublayer's own output, before a post-norm that the model may have (Gemma 2).
+    moved_by
+        How features get to other positions; None: they stay.
+    rank
+        r of every feature. `W_enc`, `b_enc` and decoders then have F r rows, feature f those from f r on.
     source
         The file or directory that it came from, for messages.
     """
@@ -147,6 +126,8 @@ class Dictionary:
     threshold: Tensor | None = None
     skip: Tensor | None = None
     before_post_norm: bool = False
+    moved_by: Movement | None = None
+    rank: int = 1
     source: str = "memory"
 
     @property
@@ -155,31 +136,72 @@ class Dictionary:
 
     @property
     def n_features(self) -> int:
-        return self.W_enc.shape[0]
+        return self.W_enc.shape[0] // self.rank
 
     @property
     def d_read(self) -> int:
         return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Active:
-        """Active features for `x` (T, d_read); computed in float32 where the encoder is, returned where x is."""
+        """Active features for `x` (T, d_read); computed in float32 where the encoder is, returned where x is.
+
+        With movement, x is one context from its first position on, and the entries are those of the side that has the
+        gate: the source for a `HeadLoading`, the destination for an `OwnAttention`.
+        """
         if x.ndim != 2 or x.shape[1] != self.d_read:
             raise ReplacementError(
                 f"{self.source}: dictionary {self.name} reads {self.read} of width {self.d_read}, "
                 f"but was given a tensor of shape {tuple(x.shape)}; it was trained for another model"
             )
-        entries = encode(x.to(self.W_enc), self.W_enc, self.b_enc, self.activation, self.threshold)
-        return Active(*(entry.to(x.device) for entry in entries))
+        entries = self._entries(x.to(self.W_enc))
+        active = Active(*(None if entry is None else entry.to(x.device) for entry in entries))  # type: ignore[arg-type]
+        if isinstance(self.moved_by, HeadLoading) and self.moved_by.context_k is not None:
+            return _strongest_features(active, self.moved_by.context_k, self.n_features)
+        return active
 
-    def encoder_rows(self, features: Tensor) -> Tensor:
-        """(n, d_read): `encoder_rows @ x + encoder_bias` is the pre-activation."""
-        return self.W_enc[features.to(self.W_enc.device)]
+    def _entries(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        if self.rank == 1 and not isinstance(self.moved_by, OwnAttention):
+            return encode(x, self.W_enc, self.b_enc, self.activation, self.threshold)
+        pre = torch.addmm(self.b_enc, x, self.W_enc.T)
+        if isinstance(self.moved_by, OwnAttention):
+            patterns = self.moved_by.patterns(x)
+            pre = mix(patterns, pre.view(len(x), self.n_features, self.rank), self.moved_by.group).flatten(1)
+        if self.rank == 1:
+            return gate(pre, self.activation, self.threshold)
+        pre = pre.view(len(x), self.n_features, self.rank)
+        size = pre.norm(dim=-1)
+        positions, features, activations, sizes = gate(size, self.activation, self.threshold)
+        directions = pre[positions, features] / sizes.unsqueeze(1)
+        return positions, features, activations, sizes, directions
 
-    def encoder_bias(self, features: Tensor) -> Tensor:
+    def move(self, active: Active, pattern: Tensor) -> Active:
+        """What arrives at the destinations, for features that the base layer's heads move (`HeadLoading`).
+
+        Parameters
+        ----------
+        active
+            Of the source side.
+        pattern
+            (H, T, T) the base layer's patterns on the same context, [query, key].
+        """
+        assert isinstance(self.moved_by, HeadLoading)
+        values = active.activations if active.directions is None else active.activations[:, None] * active.directions
+        loading = self.moved_by.weights.to(pattern.device)
+        positions, features, arrived = move_features(active.positions, active.features, values, loading, pattern)
+        if active.directions is None:
+            return Active(positions, features, arrived, arrived.clone())
+        size = arrived.norm(dim=1)
+        return Active(positions, features, size, size.clone(), arrived / size.unsqueeze(1))
+
+    def encoder_rows(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
+        """(n, d_read): `encoder_rows @ x + encoder_bias` is the pre-activation. `directions` (n, r) for rank r > 1."""
+        return _along(self.W_enc[self._rows(features).to(self.W_enc.device)], directions)
+
+    def encoder_bias(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
         """(n,)."""
-        return self.b_enc[features.to(self.b_enc.device)]
+        return _along(self.b_enc[self._rows(features).to(self.b_enc.device)].unsqueeze(-1), directions).squeeze(-1)
 
-    def decoder_rows(self, features: Tensor, site: Site) -> Tensor:
+    def decoder_rows(self, features: Tensor, site: Site, directions: Tensor | None = None) -> Tensor:
         """(n, d_write) float32: what one unit of each feature writes to `site`. Only these rows are read."""
         if site not in self.decoders:
             raise ReplacementError(
@@ -188,12 +210,34 @@ class Dictionary:
             )
         decoder = self.decoders[site]
         unique, inverse = torch.unique(features.cpu(), return_inverse=True)
-        rows = decoder.rows.rows(unique, column=decoder.column)
-        return rows.to(self.W_enc.device)[inverse.to(self.W_enc.device)]
+        rows = decoder.rows.rows(self._rows(unique).flatten(), column=decoder.column)
+        rows = rows.to(self.W_enc.device).view(len(unique), self.rank, -1)
+        return _along(rows[inverse.to(self.W_enc.device)], directions)
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """(n, r): rows of each feature."""
+        return features.unsqueeze(1) * self.rank + torch.arange(self.rank, device=features.device)
 
     def output_bias(self, site: Site) -> Tensor | None:
         """(d_write,), or None where the dictionary has none."""
         return self.output_biases.get(site)
+
+
+def _along(rows: Tensor, directions: Tensor | None) -> Tensor:
+    """Rows (n, r, D) of features, taken along their directions (n, r): (n, D)."""
+    if directions is None:
+        return rows.squeeze(1)
+    return torch.einsum("nrd,nr->nd", rows, directions.to(rows))
+
+
+def _strongest_features(active: Active, k: int, n_features: int) -> Active:
+    """The entries of the k features whose activations, summed over the context, are largest."""
+    total = active.activations.new_zeros(n_features).index_add_(0, active.features, active.activations)
+    if int((total > 0).sum()) <= k:
+        return active
+    moved = torch.zeros(n_features, dtype=torch.bool, device=total.device)
+    moved[total.topk(k).indices] = True
+    return active.take(moved[active.features])
 
 
 @dataclass(eq=False)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from circuits.replacements.checkpoints import Resumable, load_checkpoint, read_notes, save_checkpoint
-from circuits.replacements.dictionary import Dictionary, ReadSite, Site
+from circuits.replacements.dictionary import Dictionary
 from circuits.replacements.errors import ReplacementError
+from circuits.replacements.sites import ReadSite, Site
 
 Batch = dict[str, Tensor]
 Figures = dict[str, float]

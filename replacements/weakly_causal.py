@@ -6,7 +6,7 @@ are not fully predictable from the preceding residual stream at a single token p
 """
 
 from circuits.replacements.coder import Coder, CoderSettings, Layout
-from circuits.replacements.dictionary import ReadSite, Site
+from circuits.replacements.sites import ReadSite, Site
 
 
 class WeaklyCausalTranscoder(Coder):

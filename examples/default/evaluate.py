@@ -20,7 +20,7 @@ from corpus import Corpus
 from model_card import write_card
 
 import circuits
-from circuits.activations import read_documents
+from circuits.text import read_documents
 from circuits.training import measure
 
 SENTENCES = (

@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 
 from circuits.kernels.encode import Activation
-from circuits.replacements.dictionary import Decoder, Dictionary, Norm, ReadSite, Replacement, Site
+from circuits.replacements.dictionary import Decoder, Dictionary, Replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats.tensors import Tensors
+from circuits.replacements.sites import Norm, ReadSite, Site
 
 CONFIG = "config.yaml"
 READS: dict[str, tuple[str, Norm]] = {

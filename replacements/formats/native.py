@@ -6,10 +6,17 @@
                        "activation": {"kind": "topk", "k": 20, "rectify": true}, "file": "clt.3.safetensors",
                        "n_features": 3072, "subtracts_output_bias": false, "before_post_norm": false}, ...]}
 
-Tensors of a file, with F features, D the width of the read site, W write sites of width D':
+Tensors of a file, with F features, R rows (features x rank), D the width of the read site, W write sites of width D':
 
-    W_enc (F, D)   b_enc (F,)   W_dec (F, W, D')   threshold (F,) or one number, for jump_relu and batch_topk
+    W_enc (R, D)   b_enc (R,)   W_dec (R, W, D')   threshold (F,) or one number, for activations that need it
     b_dec.<site> (D',), for write sites that have an output bias                  skip (D', D), if there is one
+
+A dictionary whose features move says how in its entry, and has the tensors for it, with H heads of the base layer, G
+patterns of width E (`HeadLoading` and `OwnAttention` in replacements/movement.py):
+
+    "moved_by": {"kind": "head-loading", "context_k": 512}                        loading (F, H + 1)
+    "moved_by": {"kind": "own-attention", "scale": 0.25, "rotary_theta": null}    W_q, W_k (G, E, D)   b_q, b_k (G, E)
+                                                                                  group (F,)
 
 With `subtracts_output_bias` the encoder reads x minus the output bias of the first write site. Matrices may be
 float32, float16 or bfloat16; vectors are always float32. All write sites of one dictionary have the same width.
@@ -30,9 +37,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.kernels.encode import Activation
-from circuits.replacements.dictionary import Decoder, Dictionary, ReadSite, Replacement, Site
+from circuits.replacements.dictionary import Decoder, Dictionary, Replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats.tensors import Tensors
+from circuits.replacements.movement import HeadLoading, Movement, OwnAttention
+from circuits.replacements.sites import ReadSite, Site
 
 MANIFEST = "manifest.json"
 FORMAT = "circuits-replacement"
@@ -72,10 +81,11 @@ def _dictionary(path: Path, entry: dict[str, Any], device: str) -> Dictionary:
     tensors = Tensors(path / Path(str(entry["file"])).name, device)
     writes = tuple(Site.parse(site) for site in entry["writes"])
     activation = _activation(path, entry["activation"])
-    n_features = int(entry["n_features"])
-    d_read = tensors.lazy("W_enc", (n_features, "D")).shape[1]
-    W_enc, b_enc = tensors.whole("W_enc", (n_features, d_read)), tensors.whole("b_enc", (n_features,))
-    rows = tensors.lazy("W_dec", (n_features, len(writes), "D'"))
+    n_features, rank = int(entry["n_features"]), int(entry.get("rank", 1))
+    n_rows = n_features * rank
+    d_read = tensors.lazy("W_enc", (n_rows, "D")).shape[1]
+    W_enc, b_enc = tensors.whole("W_enc", (n_rows, d_read)), tensors.whole("b_enc", (n_rows,))
+    rows = tensors.lazy("W_dec", (n_rows, len(writes), "D'"))
     d_write = rows.shape[2]
     biases = {site: tensors.whole(f"b_dec.{site}", (d_write,)) for site in writes if f"b_dec.{site}" in tensors}
     if entry.get("subtracts_output_bias"):
@@ -95,8 +105,34 @@ def _dictionary(path: Path, entry: dict[str, Any], device: str) -> Dictionary:
         threshold=tensors.threshold("threshold", n_features) if activation.needs_threshold else None,
         skip=tensors.optional("skip", (d_write, d_read)),
         before_post_norm=bool(entry.get("before_post_norm")),
+        moved_by=_movement(tensors, entry, n_features, d_read),
+        rank=rank,
         source=str(tensors.path),
     )
+
+
+def _movement(tensors: Tensors, entry: dict[str, Any], n_features: int, d_read: int) -> Movement | None:
+    moved = entry.get("moved_by")
+    if moved is None:
+        return None
+    if moved["kind"] == "head-loading":
+        n_heads = tensors.lazy("loading", (n_features, "H + 1")).shape[1]
+        k = moved.get("context_k")
+        return HeadLoading(tensors.whole("loading", (n_features, n_heads)), None if k is None else int(k))
+    if moved["kind"] == "own-attention":
+        n_patterns, width, _ = tensors.lazy("W_q", ("G", "E", d_read)).shape
+        weights = (n_patterns, width, d_read)
+        theta = moved.get("rotary_theta")
+        return OwnAttention(
+            W_q=tensors.whole("W_q", weights),
+            b_q=tensors.whole("b_q", weights[:2]),
+            W_k=tensors.whole("W_k", weights),
+            b_k=tensors.whole("b_k", weights[:2]),
+            group=tensors.whole("group", (n_features,)).long(),
+            scale=float(moved["scale"]),
+            rotary_theta=None if theta is None else float(theta),
+        )
+    raise ReplacementError(f"{tensors.path}: unknown movement {moved['kind']!r}; expected head-loading or own-attention")
 
 
 def _activation(path: Path, entry: dict[str, Any]) -> Activation:
@@ -153,8 +189,7 @@ def _write(folder: Path, dictionary: Dictionary, dtype: torch.dtype) -> dict[str
 
     A bias that was folded into `b_enc` stays folded, so `subtracts_output_bias` is never set in what we write.
     """
-    features = torch.arange(dictionary.n_features)
-    W_dec = torch.stack([dictionary.decoder_rows(features, site) for site in dictionary.writes], dim=1)
+    W_dec = torch.stack([decoder.all() for decoder in map(dictionary.decoders.__getitem__, dictionary.writes)], dim=1)
     tensors: dict[str, Tensor] = {"W_enc": dictionary.W_enc.to(dtype), "W_dec": W_dec.to(dtype)}
     if dictionary.skip is not None:
         tensors["skip"] = dictionary.skip.to(dtype)
@@ -163,6 +198,8 @@ def _write(folder: Path, dictionary: Dictionary, dtype: torch.dtype) -> dict[str
         tensors["threshold"] = dictionary.threshold.float()
     for site, bias in dictionary.output_biases.items():
         tensors[f"b_dec.{site}"] = bias.float()
+    movement, moved = _describe_movement(dictionary, dtype)
+    tensors |= movement
     file = f"{dictionary.name}.safetensors"
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -179,7 +216,24 @@ def _write(folder: Path, dictionary: Dictionary, dtype: torch.dtype) -> dict[str
         "n_features": dictionary.n_features,
         "subtracts_output_bias": False,
         "before_post_norm": dictionary.before_post_norm,
+        "rank": dictionary.rank,
+        "moved_by": moved,
     }
+
+
+def _describe_movement(
+    dictionary: Dictionary, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors and manifest entry of a dictionary's movement."""
+    movement = dictionary.moved_by
+    if movement is None:
+        return {}, None
+    if isinstance(movement, HeadLoading):
+        return {"loading": movement.weights.float()}, {"kind": "head-loading", "context_k": movement.context_k}
+    matrices = {"W_q": movement.W_q.to(dtype), "W_k": movement.W_k.to(dtype)}
+    vectors = {"b_q": movement.b_q.float(), "b_k": movement.b_k.float(), "group": movement.group.float()}
+    entry = {"kind": "own-attention", "scale": movement.scale, "rotary_theta": movement.rotary_theta}
+    return matrices | vectors, entry
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from circuits.linearize import check_replacements
 from circuits.loading import Model
 from circuits.model import BaseModel
 from circuits.replacements import Decoder, Dictionary, ReadSite, Replacement, Site
-from circuits.replacements.dictionary import Norm
+from circuits.replacements.sites import Norm
 from circuits.replacements.weights import HeldTensor
 
 N_LAYERS, D_MODEL, N_HEADS, VOCABULARY, BOS = 3, 16, 4, 11, 0

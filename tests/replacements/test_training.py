@@ -12,9 +12,10 @@ from circuits.kernels.decode import gather_decode
 from circuits.replacements.attention_sae import AttentionSAE
 from circuits.replacements.clt import CrossLayerTranscoder
 from circuits.replacements.coder import Coder, CoderSettings, JumpSettings
-from circuits.replacements.dictionary import Replacement, Site, load_replacement
+from circuits.replacements.dictionary import Replacement, load_replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats import native
+from circuits.replacements.sites import Site
 from circuits.replacements.training import TrainingSettings, train
 
 D, PLANTED, LAYERS = 16, 24, 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from circuits.activations import ActivationStream, read_documents
+from circuits.activations import TokenStream
 from circuits.cli import main
 from circuits.errors import CircuitsError
 from circuits.evaluation import cross_entropy, dictionary_figures
@@ -61,7 +61,7 @@ def of(*dictionaries: Dictionary) -> Replacement:
 def test_batches_hold_what_the_model_computes(base: BaseModel, corpus: Path) -> None:
     documents = read_documents(base, [corpus], 32)
     read, write = ReadSite(Site("resid_mid", 1), "full"), Site("mlp_out", 1)
-    stream = ActivationStream(base, documents, (read, write), batch_tokens=64, chunk=2)
+    stream = TokenStream(base, documents, (read, write), batch_tokens=64, chunk=2)
     batch = next(stream)
     assert batch["resid_mid.1:full"].shape == batch["mlp_out.1"].shape == (64, base.shape.d_model)
     known = []
@@ -75,12 +75,12 @@ def test_batches_hold_what_the_model_computes(base: BaseModel, corpus: Path) -> 
 
 def test_stream_resumes_exactly(base: BaseModel, corpus: Path) -> None:
     documents, site = read_documents(base, [corpus], 32), (Site("attn_out", 0),)
-    whole = ActivationStream(base, documents, site, batch_tokens=100, chunk=3)
+    whole = TokenStream(base, documents, site, batch_tokens=100, chunk=3)
     batches = [next(whole)["attn_out.0"] for _ in range(70)]
-    stopped = ActivationStream(base, documents, site, batch_tokens=100, chunk=3)
+    stopped = TokenStream(base, documents, site, batch_tokens=100, chunk=3)
     for _ in range(40):
         next(stopped)
-    again = ActivationStream(base, documents, site, batch_tokens=100, chunk=3)
+    again = TokenStream(base, documents, site, batch_tokens=100, chunk=3)
     again.load_state_dict(stopped.state_dict())
     for expected in batches[40:]:
         assert torch.equal(next(again)["attn_out.0"], expected)

@@ -1,0 +1,77 @@
+"""How the features of a dictionary get from the position where they are read to the positions where they write.
+
+A dictionary without movement reads and writes at the same position. `HeadLoading` carries features through a mixture
+of the base layer's own heads (multitoken transcoders); `OwnAttention` has queries and keys of its own (attention
+replacement layers, Lorsa).
+
+Letters of shapes: F features, H heads of the base layer, G patterns, E width of a pattern's queries, T positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLoading:
+    """Features move by `P_f[p, s] = sum_h alpha_fh A_h[p, s] + alpha_f,id [p = s]`, A the base layer's patterns.
+
+    *Progress on Attention*, "Multitoken Transcoders": "a vector specifying a linear combination of attention patterns
+    from heads in the base layer, padded with an identity pattern to imitate the residual connection".
+
+    weights
+        (F, H + 1) the head loading vectors alpha; the last column is the identity.
+    context_k
+        Only so many features of a context move, those with the largest activation summed over it; None: all.
+    """
+
+    weights: Tensor
+    context_k: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class OwnAttention:
+    """Features move by patterns of their own, `A_g = softmax(scale (W_Q x_p + b_Q) . (W_K x_s + b_K))`, causal.
+
+    W_q, b_q, W_k, b_k
+        (G, E, D) and (G, E).
+    group
+        (F,) which of the G patterns moves a feature.
+    scale
+        Of the scores.
+    rotary_theta
+        Base of the rotary position embedding of queries and keys (halves turned against each other, as in Llama); None
+        for none.
+    """
+
+    W_q: Tensor
+    b_q: Tensor
+    W_k: Tensor
+    b_k: Tensor
+    group: Tensor
+    scale: float
+    rotary_theta: float | None = None
+
+    def patterns(self, x: Tensor) -> Tensor:
+        """(G, T, T) patterns [query, key] on one context, x (T, D) as the dictionary reads it."""
+        q = rotate(torch.einsum("td,ged->gte", x, self.W_q) + self.b_q.unsqueeze(1), self.rotary_theta)
+        k = rotate(torch.einsum("td,ged->gte", x, self.W_k) + self.b_k.unsqueeze(1), self.rotary_theta)
+        scores = self.scale * (q @ k.transpose(-1, -2))
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+Movement = HeadLoading | OwnAttention
+
+
+def rotate(x: Tensor, theta: float | None) -> Tensor:
+    """Rotary position embedding of x (..., T, E), positions 0 to T - 1: pairs (i, i + E / 2), as in Llama."""
+    if theta is None:
+        return x
+    length, width = x.shape[-2:]
+    speed = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    angle = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * speed
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
