@@ -1,12 +1,13 @@
 """Activations for training, streamed from text: batches of what replacements read and write.
 
-Documents are run through the model in chunks, in an order shuffled anew each epoch. `TokenStream` shuffles the tokens
+Documents are run through the model in chunks, in the shuffled order of their source. `TokenStream` shuffles the tokens
 of a chunk among one another; `ContextStream` keeps documents whole, with attention patterns, for replacements that
 move features between positions. A stream's state is a few numbers, and a chunk is computed again from them, so that
 a training resumes exactly.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from circuits.errors import CircuitsError
 from circuits.families import part
 from circuits.model import BaseModel
 from circuits.replacements.sites import ReadSite, Site
-from circuits.text import Document, groups, pad
+from circuits.text import Document, DocumentSource, groups, pad
 
 Batch = dict[str, Tensor]
 
@@ -29,34 +30,43 @@ class ActivationStream(ABC):
 
     Parameters
     ----------
+    documents
+        Where the documents come from; with several processes each has a share of its own. A list is shuffled by `seed`.
     sites
         Read and write sites, and "pattern.l" for attention patterns.
     batch_tokens
-        Tokens of a batch: exactly so many in a `TokenStream`, about so many in a `ContextStream`.
+        Tokens of a batch: exactly so many in a `TokenStream`, about so many in a `ContextStream`. Of one process:
+        with N processes a step learns from N times as many.
     chunk
         Batches that are computed together and shuffled among one another.
     """
 
     model: BaseModel
-    documents: list[Document]
+    documents: DocumentSource | Sequence[Document]
     sites: tuple[ReadSite | Site | str, ...]
     batch_tokens: int = 4096
     chunk: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if sum(len(document) - 1 for document in self.documents) < self.batch_tokens:
+        given = self.documents
+        self.source = given if isinstance(given, DocumentSource) else DocumentSource.of(given, seed=self.seed)
+        missing = self.batch_tokens
+        for document in self.source.in_order():
+            missing -= len(document) - 1
+            if missing <= 0:
+                break
+        else:
             raise CircuitsError(f"the text has fewer tokens than one batch of {self.batch_tokens}; give more text")
-        self._next_document, self._chunk_start, self._place = 0, 0, 0
+        self._chunk_start, self._place = self.source.state_dict(), 0
         self._held: list[Batch] = []
-        self._order: tuple[int, list[int]] = (-1, [])
 
     def __iter__(self) -> "ActivationStream":
         return self
 
     def __next__(self) -> Batch:
         if self._place >= len(self._held):
-            self._chunk_start, self._place = self._next_document, 0
+            self._chunk_start, self._place = self.source.state_dict(), 0
             self._held = self._chunk()
         self._place += 1
         return self._held[self._place - 1]
@@ -67,23 +77,16 @@ class ActivationStream(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a stream of the same documents stood."""
-        self._chunk_start = self._next_document = int(state["chunk_start"])
+        self._chunk_start = dict(state["chunk_start"])
+        self.source.load_state_dict(self._chunk_start)
         self._place, self._held = int(state["place"]), self._chunk() if state["filled"] else []
-
-    def _document(self, number: int) -> Document:
-        epoch, place = divmod(number, len(self.documents))
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self.documents), generator=generator).tolist()
-        return self.documents[self._order[1][place]]
 
     @torch.no_grad()
     def _chunk(self) -> list[Batch]:
         """The next documents, at least `chunk * batch_tokens` tokens of them, as batches."""
         wanted, chosen, count = self.chunk * self.batch_tokens, [], 0
         while count < wanted:
-            chosen.append(self._document(self._next_document))
-            self._next_document += 1
+            chosen.append(next(self.source))
             count += len(chosen[-1]) - 1
         return self._batches(sorted(chosen, key=len))
 
@@ -92,16 +95,12 @@ class ActivationStream(ABC):
         """The activations of documents sorted by length."""
 
     def _shuffled(self, count: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 7919 * self._chunk_start + 1)
+        start = int(self._chunk_start["documents"])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 7919 * start + 1)
         return torch.randperm(count, generator=generator)
 
     def _run(self, documents: list[Document]) -> tuple[Batch, Tensor]:
-        """Activations of documents, and the mask (C, S) of their tokens."""
-        ids, mask = pad(documents, self.model.device)
-        kept: Batch = {}
-        with capturing(self.model, self.sites, kept):
-            part(self.model.lm, self.model.family.trunk)(input_ids=ids, use_cache=False)
-        return {str(site): joined(kept, site) for site in self.sites}, mask
+        return run(self.model, documents, self.sites)
 
 
 class TokenStream(ActivationStream):
@@ -132,3 +131,15 @@ class ContextStream(ActivationStream):
             values, mask = self._run(group)
             batches.append(values | {"mask": mask})
         return [batches[i] for i in self._shuffled(len(batches)).tolist()]
+
+
+@torch.no_grad()
+def run(
+    model: BaseModel, documents: Sequence[Document], sites: Sequence[ReadSite | Site | str]
+) -> tuple[Batch, Tensor]:
+    """Activations `{str(site): (C, S, D)}` of documents, padded, and the mask (C, S) of their tokens."""
+    ids, mask = pad(documents, model.device)
+    kept: Batch = {}
+    with capturing(model, sites, kept):
+        part(model.lm, model.family.trunk)(input_ids=ids, use_cache=False)
+    return {str(site): joined(kept, site) for site in sites}, mask

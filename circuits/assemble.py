@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 
 from circuits import __version__
-from circuits.graph import Edges, Graph, Heads, Nodes, cumulative_influence
+from circuits.graph import KINDS, Edges, Graph, Heads, Nodes, cumulative_influence
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
 from circuits.loadings import head_loadings
 from circuits.nodes import NodeTable
 from circuits.prompt import Prompt, token_texts
 from circuits.settings import TraceSettings
-from circuits.sweep import Swept, TargetList
+from circuits.sweep import Sweep, Swept, TargetList
 
-# Within a layer, from below: what attention writes, then what the MLP writes.
-_ORDER = ("embedding", "attention_feature", "attention_error", "mlp_feature", "mlp_error", "logit")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def build_graph(
         Edges between kept nodes, numbered as in the mask.
     """
     columns = node_columns(traced)
-    kind = np.array([_ORDER.index(kind) for kind in columns["kind"].tolist()])
+    kind = np.array([KINDS.index(kind) for kind in columns["kind"].tolist()])
     chosen = np.flatnonzero(kept)
     order = np.lexsort([column[chosen] for column in (columns["feature"], columns["position"], kind, columns["layer"])])
     chosen = chosen[order]
@@ -105,17 +103,24 @@ def node_columns(traced: Traced) -> dict[str, np.ndarray]:
     }
 
 
-def with_heads(graph: Graph, linear: LinearizedModel, table: NodeTable) -> Graph:
+def with_heads(graph: Graph, sweep: Sweep) -> Graph:
     """The graph with the head loadings of its edges, and the patterns of the heads that they name."""
-    nodes = graph.nodes
-    place = {
-        key: i for i, key in enumerate(zip(table.kind, table.dictionary, table.layer, table.position, table.feature))
-    }
-    index_of = {dictionary.name: i for i, dictionary in enumerate(linear.dictionaries)}
-    dictionary = [index_of.get(name, -1) for name in nodes.dictionary.tolist()]
-    keys = zip(nodes.kind, dictionary, nodes.layer, nodes.position, nodes.feature)
-    number = np.array([place.get(key, len(table)) for key in keys], dtype=np.int64)
-    loadings = head_loadings(linear, table, number[graph.edges.source], number[graph.edges.target])
+    nodes, table, linear = graph.nodes, sweep.table, sweep.linear
+    names = [dictionary.name for dictionary in linear.dictionaries] + [""]
+    sources = zip(table.kind, (names[i] for i in table.dictionary), table.layer, table.position, table.feature)
+    outputs = [
+        ("logit", label, position, token)
+        for readers in sweep.targets.outputs
+        for position, token, label in zip(readers.positions, readers.token_ids, readers.labels, strict=True)
+    ]
+    place = {key: i for i, key in enumerate([*sources, *outputs])}
+    columns = (nodes.kind, nodes.dictionary.tolist(), nodes.layer, nodes.position, nodes.feature)
+    keys = [
+        ("logit", label, key[3], key[4]) if key[0] == "logit" else key
+        for label, *key in zip(nodes.label.tolist(), *columns)
+    ]
+    number = np.array([place[tuple(key)] for key in keys], dtype=np.int64)
+    loadings = head_loadings(sweep, number[graph.edges.source], number[graph.edges.target])
     heads = Heads(
         edge=loadings.edge,
         layer=loadings.layer,
@@ -125,7 +130,9 @@ def with_heads(graph: Graph, linear: LinearizedModel, table: NodeTable) -> Graph
         weight=loadings.weight,
     )
     named = sorted(set(zip(loadings.layer.tolist(), loadings.head.tolist())))
-    patterns = {(layer, head): linear.recording.patterns[layer, head].cpu().numpy() for layer, head in named}
+    patterns = {
+        (layer, head): linear.recording.patterns[layer, head].cpu().numpy() for layer, head in named if head >= 0
+    }
     return replace(graph, heads=heads, patterns=patterns)
 
 
@@ -147,14 +154,24 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
             {"name": r.name, "format": r.format, "dictionaries": [d.name for d in r.dictionaries], "hash": r.identity}
             for r in model.replacements
         ],
-        "attention": ["replaced" if layer in linear.replaced_attention else "frozen" for layer in layers],
-        "mlp": ["replaced" if layer in linear.replaced_mlp else "error" for layer in layers],
+        "attention": [_attention(linear, layer) for layer in layers],
+        "mlp": [
+            "replaced" if layer in linear.replaced_mlp | linear.replaced_blocks else "error" for layer in layers
+        ],
         "settings": {"left_out": 0.0, "unpruned": True}
         if settings.unpruned
         else {"left_out": settings.left_out, **pruning},
         "scores": {"replacement": swept.replacement_score, "completeness": swept.completeness_score},
         "ledger": {"max_relative_gap": swept.max_relative_gap, "targets": int(swept.expanded.sum())},
-        "active_features": int((traced.table.dictionary >= 0).sum()),
+        "active_features": int(((traced.table.dictionary >= 0) & (traced.table.kind != "mtc_query")).sum()),
         "left_out_influence": swept.left_out,
         "influence_total": float(swept.influence.sum()),
     }
+
+
+def _attention(linear: LinearizedModel, layer: int) -> str:
+    if layer in linear.replaced_blocks:
+        return "block replaced"
+    if layer in linear.replaced_attention:
+        return "replaced"
+    return "values replaced" if layer in linear.replaced_values else "frozen"

@@ -10,7 +10,7 @@ Shapes: B targets, S positions, D model width, n nodes.
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits.kernels.contract import contract_spread
 from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
+from circuits.replacements.movement import HeadLoading
 
 SPREAD_BUDGET = 2**24
 ROW_BUDGET = 2**24
@@ -27,8 +28,14 @@ ROW_BUDGET = 2**24
 class Targets:
     """Targets that read at one depth; node numbers, positions and recorded pre-activations, (B,) each.
 
-    Either `covectors` (B, D) of the stream below `depth`, or `heads` (B, H, E): readers of the head outputs of
-    `attention_layer`, whose keys read below `depth`. `constants` (B,) are the encoder's and the read norm's biases.
+    `constants` (B,) are the encoder's and the read norm's biases. What they read is one of
+
+    - `covectors` (B, D) of the stream below `depth`, at the target's position;
+    - `heads` (B, H, E): readers of the head outputs of `attention_layer`, whose keys read below `depth`;
+    - `covectors` with `keys` (B, S): the same covector at every position, weighted with the target's own pattern, of
+      what `attention_layer` reads (its norm's linear part);
+    - `carried` (B, r): the reader of what arrives from the key sides of dictionary `dictionary`, with the target's
+      `features` (B,).
     """
 
     depth: int
@@ -38,31 +45,31 @@ class Targets:
     constants: Tensor
     covectors: Tensor | None = None
     heads: Tensor | None = None
+    keys: Tensor | None = None
+    carried: Tensor | None = None
+    features: Tensor | None = None
     attention_layer: int = -1
+    dictionary: int = -1
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     def take(self, index: Tensor) -> "Targets":
         """Some of the targets."""
-        return Targets(
-            self.depth,
-            self.nodes[index],
-            self.positions[index],
-            self.values[index],
-            self.constants[index],
-            None if self.covectors is None else self.covectors[index],
-            None if self.heads is None else self.heads[index],
-            self.attention_layer,
-        )
+        columns = {
+            field.name: column[index]
+            for field in fields(self)
+            if isinstance(column := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **columns)
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Edges into B targets from nodes `first:first + n`: `weights` (B, n), and the targets' ledger `bias` (B,)."""
+    """Edges into B targets from the nodes `sources` (n,): `weights` (B, n), and the targets' ledger `bias` (B,)."""
 
     targets: Targets
-    first: int
+    sources: Tensor
     weights: Tensor
     bias: Tensor
 
@@ -71,6 +78,15 @@ class RowBlock:
         largest = self.weights.abs().amax(1) if self.weights.shape[1] else torch.zeros_like(self.bias)
         scale = torch.stack([self.targets.values.abs(), largest, self.bias.abs()]).amax(0).clamp(min=1e-30)
         return (self.weights.sum(1) + self.bias - self.targets.values).abs() / scale
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Covectors `g` (B, S, D) of the stream on their way down, valid for writes of depths `low` to `high` - 1."""
+
+    low: int
+    high: int
+    g: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,18 +109,22 @@ class Rows:
     def blocks(self, targets: Targets) -> Iterator[RowBlock]:
         """Row blocks that together hold every target once, in the order of their positions."""
         targets = targets.take(torch.argsort(targets.positions, stable=True))
-        spread = targets.heads is not None or any(depth < targets.depth for depth in self.linear.live_depths)
+        local = targets.heads is None and targets.keys is None and not self.linear.passed(targets.depth)
+        compute = self._carried_block if targets.carried is not None else self._local_block if local else self._spread_block
         start = 0
         while start < len(targets):
             position = int(targets.positions[start])
-            if spread:
+            if targets.carried is not None:
+                stop = start + max(1, ROW_BUDGET // max(1, len(self.table.carried[targets.dictionary].nodes)))
+                stop = min(stop, len(targets))
+            elif not local:
                 stop = self._chunk_end(targets, start)
             else:
                 stop = int(torch.searchsorted(targets.positions, position, right=True))
                 width = self.table.starts[position + 1] - self.table.starts[position]
                 stop = min(stop, start + max(1, ROW_BUDGET // max(1, width)))
             index = torch.arange(start, stop, device=targets.nodes.device)
-            yield (self._spread_block if spread else self._local_block)(targets.take(index))
+            yield compute(targets.take(index))
             start = stop
 
     def _chunk_end(self, targets: Targets, start: int) -> int:
@@ -124,38 +144,89 @@ class Rows:
         assert targets.covectors is not None
         position = int(targets.positions[0])
         first, last = self.table.starts[position], self.table.starts[position + 1]
-        stretch = self._stretch(0, targets.depth)
+        stretch = self._stretch(self.linear.floor(targets.depth), targets.depth)
         rows = slice(stretch.starts[position], stretch.starts[position + 1])
         weights = targets.covectors.new_zeros(len(targets), last - first)
         weights[:, stretch.nodes[rows] - first] = targets.covectors @ stretch.vectors[rows].T
-        return RowBlock(targets, first, weights, targets.constants + targets.covectors @ stretch.constant[position])
+        bias = targets.constants + targets.covectors @ stretch.constant[position]
+        return RowBlock(targets, torch.arange(first, last, device=weights.device), weights, bias)
 
     def _spread_block(self, targets: Targets) -> RowBlock:
         n_keys = int(targets.positions[-1]) + 1
-        g, bias = self._start(targets, n_keys)
-        weights = g.new_zeros(len(targets), self.table.starts[n_keys])
-        high = targets.depth
-        for live in (*(depth for depth in self.linear.live_depths if depth < targets.depth), 0):
-            stretch = self._stretch(live, high)
-            weights[:, stretch.nodes[: stretch.starts[n_keys]]] += contract_spread(g, stretch.vectors, stretch.starts)
-            bias = bias + torch.einsum("bsd,sd->b", g, stretch.constant[:n_keys])
-            if live in self.linear.skips:
-                g = g + self.linear.skips[live].pull(g, slice(0, n_keys))
-            elif live:
-                g = g + self.linear.attention[(live - 1) // 2].pull(g)
-            high = live
-        return RowBlock(targets, 0, weights, bias)
+        weights = targets.constants.new_zeros(len(targets), self.table.starts[n_keys])
+        bias = targets.constants + self._start_bias(targets)
+        for stage in self.stages(targets):
+            stretch = self._stretch(stage.low, stage.high)
+            self._add(weights, stage.g, stretch.nodes, stretch.vectors, stretch.starts)
+            bias = bias + torch.einsum("bsd,sd->b", stage.g, stretch.constant[:n_keys])
+            layer = (stage.low - 1) // 2
+            if stage.low % 2 == 1 and layer in self.linear.replaced_values:
+                g = self.linear.attention[layer].pull_values(stage.g)
+                written = self.table.value_writes[layer]
+                self._add(weights, g, written.nodes, written.vectors, self._starts(written.nodes))
+                bias = bias + torch.einsum("bsd,sd->b", g, self.table.value_constants[layer][:n_keys])
+        return RowBlock(targets, torch.arange(weights.shape[1], device=weights.device), weights, bias)
 
-    def _start(self, targets: Targets, n_keys: int) -> tuple[Tensor, Tensor]:
-        """Covectors (B, n_keys, D) below the targets' depth, and the constants met on the way there."""
+    def _carried_block(self, targets: Targets) -> RowBlock:
+        """Edges from key side to query side of features that the base layer's heads move."""
+        sent = self.table.carried[targets.dictionary]
+        weights = targets.values.new_zeros(len(targets), len(sent.nodes))
+        row, column, arrived = self._meeting(targets, sent.positions, sent.features, sent.values)
+        weights[row, column] = arrived
+        row, _, arrived = self._meeting(targets, *sent.hidden)
+        return RowBlock(targets, sent.nodes, weights, targets.constants.index_add(0, row, arrived))
+
+    def _meeting(
+        self, targets: Targets, positions: Tensor, features: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs (row, column) of a query side and a key side of the same feature at or before it, and what arrives."""
+        assert targets.features is not None
+        meets = (targets.features[:, None] == features) & (positions <= targets.positions[:, None])
+        row, column = meets.nonzero(as_tuple=True)
+        return row, column, pair_loadings(self.linear, targets.take(row), positions[column], values[column]).sum(1)
+
+    def stages(self, targets: Targets) -> Iterator[Stage]:
+        """The covectors of targets on their way down to the cut below them, (B, n_keys, D), stage by stage."""
+        n_keys = int(targets.positions.max()) + 1
+        g, high = self._start(targets, n_keys), targets.depth
+        for live in self.linear.passed(targets.depth):
+            yield Stage(live, high, g)
+            layer, is_mlp = divmod(live - 1, 2)
+            if is_mlp:
+                g = g + self.linear.skips[live].pull(g, slice(0, n_keys))
+            elif layer not in self.linear.replaced_values:
+                g = g + self.linear.attention[layer].pull(g)
+            high = live
+        yield Stage(self.linear.floor(targets.depth), high, g)
+
+    def _start(self, targets: Targets, n_keys: int) -> Tensor:
+        """Covectors (B, n_keys, D) of the stream just below the targets' depth."""
         if targets.heads is not None:
             attention = self.linear.attention[targets.attention_layer]
-            bias = torch.einsum("bhe,bhe->b", targets.heads, attention.head_bias[targets.positions])
-            return attention.pull_heads(targets.positions, targets.heads, n_keys), targets.constants + bias
+            return attention.pull_heads(targets.positions, targets.heads, n_keys)
         assert targets.covectors is not None
+        if targets.keys is not None:
+            norm = self.linear.recording.attention_norms[targets.attention_layer]
+            return norm.pull(targets.keys[:, :n_keys, None] * targets.covectors[:, None], slice(0, n_keys))
         g = targets.covectors.new_zeros(len(targets), n_keys, targets.covectors.shape[1])
         g[torch.arange(len(targets), device=g.device), targets.positions] = targets.covectors
-        return g, targets.constants
+        return g
+
+    def _start_bias(self, targets: Targets) -> Tensor:
+        """What norm and value biases make of readers of head outputs, (B,); zero for other readers."""
+        if targets.heads is None:
+            return torch.zeros_like(targets.constants)
+        attention = self.linear.attention[targets.attention_layer]
+        return torch.einsum("bhe,bhe->b", targets.heads, attention.head_bias[targets.positions])
+
+    def _add(self, weights: Tensor, g: Tensor, nodes: Tensor, vectors: Tensor, starts: list[int]) -> None:
+        """Add the products of covectors (B, S, D) with writers at the same positions to the weights."""
+        weights[:, nodes[: starts[g.shape[1]]]] += contract_spread(g, vectors, starts)
+
+    def _starts(self, nodes: Tensor) -> list[int]:
+        """Where the nodes of each position begin in a list of ascending nodes."""
+        starts: list[int] = torch.searchsorted(nodes.cpu(), torch.tensor(self.table.starts)).tolist()
+        return starts
 
     def _stretch(self, low: int, high: int) -> _Stretch:
         """Writers of depths `low <= depth < high`, summed for each node."""
@@ -179,8 +250,29 @@ class Rows:
                 torch.zeros(0, dtype=torch.long, device=constant.device),
                 constant.new_zeros(0, constant.shape[1]),
             )
-        starts = torch.searchsorted(nodes.cpu(), torch.tensor(table.starts)).tolist()
-        self._stretches[key] = _Stretch(nodes, vectors, starts, constant)
-        while len(self._stretches) > len(self.linear.live_depths) + 2:
+        self._stretches[key] = _Stretch(nodes, vectors, self._starts(nodes), constant)
+        while len(self._stretches) > len(self.linear.live_depths) + len(self.linear.replaced_blocks) + 2:
             self._stretches.popitem(last=False)
         return self._stretches[key]
+
+
+def pair_loadings(linear: LinearizedModel, targets: Targets, positions: Tensor, values: Tensor) -> Tensor:
+    """What arrives at each query side from one key side of the same feature, (k, H + 1), head by head.
+
+        w_h = alpha_fh A_h[p, s] e . a_f[s]        e: the query side's reader; the identity is the last head
+
+    Parameters
+    ----------
+    targets
+        k query sides.
+    positions, values
+        (k,) and (k, r): where the key sides stand, and what they send.
+    """
+    movement = linear.dictionaries[targets.dictionary].moved_by
+    assert isinstance(movement, HeadLoading)
+    assert targets.features is not None
+    assert targets.carried is not None
+    moved = linear.recording.patterns[targets.attention_layer][:, targets.positions, positions].T
+    moved = torch.cat([moved, (targets.positions == positions).to(moved).unsqueeze(1)], dim=1)
+    loading = movement.weights.to(moved.device)[targets.features]
+    return moved * loading * (targets.carried * values).sum(1, keepdim=True)

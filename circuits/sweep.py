@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.graph.tables import ERROR_KINDS
 from circuits.linearize import LinearizedModel, read_depth
-from circuits.nodes import ERROR_KINDS, NodeTable
+from circuits.nodes import NodeTable
+from circuits.readers import feature_targets
 from circuits.rows import RowBlock, Rows, Targets
 from circuits.targets import Readers, stack
 
@@ -77,7 +79,7 @@ class Sweep:
         pre_activation, bias = np.full(total, np.nan), np.full(total, np.nan)
         expanded = np.zeros(total, dtype=bool)
         worst, spent, done = 0.0, 0.0, 0
-        groups = [*self._output_groups(), *self._feature_groups()]
+        groups = self.groups()
         in_all = sum(len(nodes) for nodes, _ in groups)
         for place, (nodes, build) in enumerate(groups):
             mass = influence[nodes] + self.targets.start[nodes]
@@ -89,8 +91,7 @@ class Sweep:
                     at = block.targets.nodes.cpu().numpy()
                     shares, error_share = self._shares(block)
                     flow = torch.from_numpy(influence[at] + self.targets.start[at]).to(self.device)
-                    columns = slice(block.first, block.first + block.weights.shape[1])
-                    influence[columns] += (flow @ shares.double()).cpu().numpy()
+                    influence[block.sources.cpu().numpy()] += (flow @ shares.double()).cpu().numpy()
                     complete[at] = 1.0 - error_share.double().cpu().numpy()
                     pre_activation[at] = block.targets.values.cpu().numpy()
                     bias[at] = block.bias.cpu().numpy()
@@ -117,17 +118,20 @@ class Sweep:
 
     def rows_of(self, wanted: np.ndarray) -> Iterator[RowBlock]:
         """Rows of some targets only: `wanted` is a mask over nodes and output targets."""
-        for nodes, build in [*self._output_groups(), *self._feature_groups()]:
+        for nodes, build in self.groups():
             kept = np.flatnonzero(wanted[nodes])
             if len(kept):
                 yield from self.rows.blocks(build(kept))
+
+    def groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
+        """All targets from the top down: ascending numbers of a group, and a function from places in it to readers."""
+        return [*self._output_groups(), *self._feature_groups()]
 
     def _shares(self, block: RowBlock) -> tuple[Tensor, Tensor]:
         """Each row's absolute weights normalised to one, and the share of them that comes from error nodes."""
         shares = block.weights.abs()
         shares /= shares.sum(1, keepdim=True).clamp(min=1e-30)
-        errors = self.is_error[block.first : block.first + shares.shape[1]]
-        return shares, shares[:, errors].sum(1)
+        return shares, shares[:, self.is_error[block.sources]].sum(1)
 
     def _output_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
         groups = []
@@ -145,51 +149,24 @@ class Sweep:
         return lambda index: whole.take(torch.from_numpy(index).to(self.device))
 
     def _feature_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
-        """Feature nodes by dictionary, from the top down; those of a layer's MLP before those of its attention."""
+        """Feature nodes by dictionary and kind, from the top down: in a layer readers at `resid_mid`, then query-side
+        nodes, then key-side ones."""
         groups = []
         table = self.table
-        for index in np.unique(table.dictionary[table.dictionary >= 0]):
-            nodes = np.flatnonzero(table.dictionary == index)
-            groups.append((int(table.depth[nodes[0]]), int(index), nodes))
-        groups.sort(key=lambda group: (-group[0], group[1]))
-        return [(nodes, self._feature_builder(index, nodes)) for _, index, nodes in groups]
+        of_feature = table.dictionary >= 0
+        for index, kind in sorted(set(zip(table.dictionary[of_feature].tolist(), table.kind[of_feature].tolist()))):
+            nodes = np.flatnonzero((table.dictionary == index) & (table.kind == kind))
+            read = self.linear.dictionaries[index].read.site
+            is_key_side = kind in ("mtc_key", "value_feature")
+            groups.append((-read_depth(read.name, read.layer), is_key_side, index, nodes))
+        groups.sort(key=lambda group: group[:3])
+        return [(nodes, self._feature_builder(index, nodes)) for _, _, index, nodes in groups]
 
     def _feature_builder(self, index: int, nodes: np.ndarray) -> Callable[[np.ndarray], Targets]:
         def build(chosen: np.ndarray) -> Targets:
-            return feature_targets(self.linear, self.table, index, nodes[chosen], self.device)
+            return feature_targets(self.linear, self.table, index, nodes[chosen])
 
         return build
-
-
-def feature_targets(
-    linear: LinearizedModel, table: NodeTable, index: int, nodes: np.ndarray, device: torch.device
-) -> Targets:
-    """Readers of some feature nodes of one dictionary."""
-    dictionary = linear.dictionaries[index]
-    recording = linear.recording
-    features = torch.from_numpy(table.feature[nodes]).to(device)
-    positions = torch.from_numpy(table.position[nodes]).to(device)
-    values = torch.from_numpy(table.pre_activation[nodes]).to(device)
-    constants = dictionary.encoder_bias(features)
-    readers = dictionary.encoder_rows(features)
-    number = torch.from_numpy(nodes).to(device)
-    site, layer = dictionary.read.site.name, dictionary.layer
-    if site in ("attn_out", "z"):
-        attention = linear.attention[layer]
-        if site == "z":
-            heads = readers.reshape(len(readers), linear.model.shape.n_heads, linear.model.shape.d_head)
-        else:
-            heads = attention.head_readers(readers)
-            if attention.weights.b_o is not None:
-                constants = constants + readers @ attention.weights.b_o
-        return Targets(2 * layer + 1, number, positions, values, constants, heads=heads, attention_layer=layer)
-    if dictionary.read.norm != "none":
-        norm = recording.norm_at(site, layer)
-        full = dictionary.read.norm == "full"
-        if full and norm.bias is not None:
-            constants = constants + readers @ norm.bias
-        readers = norm.pull(readers, positions, gain=full)
-    return Targets(read_depth(site, layer), number, positions, values, constants, readers)
 
 
 def _worth_expanding(mass: np.ndarray, allowance: float) -> np.ndarray:

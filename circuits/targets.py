@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from circuits.errors import CircuitsError
+from circuits.graph import FEATURE_KINDS, ID_PREFIXES
 from circuits.linearize import LinearizedModel, read_depth
 from circuits.model import BaseModel
 from circuits.prompt import Prompt, single_token, token_texts
@@ -83,12 +84,13 @@ class Readers:
 
 
 def parse_target(model: BaseModel, text: str, position: int = -1) -> Target:
-    """A target in the words of the command line: a node id (`2_153_7`, `a2_153_7`), a token's text or its id.
+    """A target in the words of the command line: a node id, a token's text or its id.
 
-    A node id carries its own position.
+    A node id carries its own position: `2_153_7` (MLP), `a2_153_7` (attention), `k2_153_7` and `q2_153_9` (key side and
+    query side of an MTC feature), `v2_153_7` (value feature).
     """
-    if found := re.fullmatch(r"(a?)(\d+)_(\d+)_(\d+)", text):
-        kind = "attention_feature" if found[1] else "mlp_feature"
+    if found := re.fullmatch(r"([akqv]?)(\d+)_(\d+)_(\d+)", text):
+        kind = {ID_PREFIXES[kind]: kind for kind in FEATURE_KINDS}[found[1]]
         return FeatureTarget(kind, int(found[2]), int(found[3]), int(found[4]))
     return TokenTarget(token_id(model, text), position)
 

@@ -77,7 +77,7 @@ def trace(
     graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings))
     if not settings.unpruned:
         graph = prune_edges(graph, settings.edge_threshold)
-    return with_heads(graph, linear, table)
+    return with_heads(graph, sweep)
 
 
 class _Edges:
@@ -88,11 +88,11 @@ class _Edges:
         self.pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, block: RowBlock) -> None:
-        columns = np.arange(block.first, block.first + block.weights.shape[1])
+        columns = block.sources.cpu().numpy()
         weights = block.weights
         if self.kept is not None:
-            columns = columns[self.kept[columns]]
-            weights = weights[:, torch.from_numpy(columns - block.first).to(weights.device)]
+            among = self.kept[columns]
+            columns, weights = columns[among], weights[:, torch.from_numpy(among).to(weights.device)]
         values = weights.cpu().numpy()
         row, column = np.nonzero(values)
         targets = block.targets.nodes.cpu().numpy()

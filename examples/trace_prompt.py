@@ -6,6 +6,7 @@ python examples/trace_prompt.py
 import numpy as np
 
 import circuits
+from circuits.graph import head_name
 
 model = circuits.load()
 graph = circuits.trace(model, "When Mary and John went to the store, John gave a drink to")
@@ -20,7 +21,7 @@ strongest = np.argsort(-np.abs(graph.heads.weight))[:5]
 for i in strongest:
     edge = graph.heads.edge[i]
     source, target = names[graph.edges.source[edge]], names[graph.edges.target[edge]]
-    head = f"L{graph.heads.layer[i]}H{graph.heads.head[i]}"
+    head = head_name(int(graph.heads.head[i]), layer=int(graph.heads.layer[i]))
     print(f"{source} -> {target}: {graph.heads.weight[i]:+.3f} of {graph.edges.weight[edge]:+.3f} through {head}")
 
 graph.save("graph.svg")

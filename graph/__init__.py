@@ -8,12 +8,26 @@ from circuits.graph.graph import Graph
 from circuits.graph.influence import cumulative_influence, depth, graph_influence, node_influence, with_influence
 from circuits.graph.pruning import edge_scores, keep_nodes, prune, prune_edges, threshold
 from circuits.graph.scores import completeness_score, replacement_score
-from circuits.graph.tables import ERROR_KINDS, FEATURE_KINDS, KINDS, Edges, Heads, Nodes
+from circuits.graph.tables import (
+    ERROR_KINDS,
+    FEATURE_KINDS,
+    ID_PREFIXES,
+    IDENTITY_HEAD,
+    KINDS,
+    OWN_HEAD,
+    Edges,
+    Heads,
+    Nodes,
+    head_name,
+)
 
 __all__ = [
     "ERROR_KINDS",
     "FEATURE_KINDS",
+    "IDENTITY_HEAD",
+    "ID_PREFIXES",
     "KINDS",
+    "OWN_HEAD",
     "Edges",
     "Graph",
     "GraphError",
@@ -24,6 +38,7 @@ __all__ = [
     "depth",
     "edge_scores",
     "graph_influence",
+    "head_name",
     "keep_nodes",
     "node_influence",
     "prune",

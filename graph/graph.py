@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
-from circuits.graph.tables import Booleans, Edges, Float32, Heads, Nodes
+from circuits.graph.tables import ID_PREFIXES, Booleans, Edges, Float32, Heads, Nodes
 
 if TYPE_CHECKING:
     import networkx
@@ -37,7 +37,7 @@ class Graph:
         nodes: The nodes, `n` rows.
         edges: The edges, `m` rows, at most one for a pair of nodes.
         heads: The head loadings, `k` rows, brought into the order of the edges.
-        patterns: (T, T) attention patterns, [query, key], by (layer, head), for the heads named in `heads`.
+        patterns: (T, T) attention patterns, [query, key], by (layer, head), for the base model's heads in `heads`.
         metadata: Anything that JSON can hold: versions, model, replacements, settings, scores, ledger, and so on.
 
     Raises:
@@ -72,15 +72,18 @@ class Graph:
         if np.any(np.diff(self.heads.edge) < 0):
             object.__setattr__(self, "heads", self.heads.take(np.argsort(self.heads.edge, kind="stable")))
         for name, pattern in self.patterns.items():
+            if name[1] < 0:
+                raise GraphError(f"Graph.patterns has head {name[1]} of layer {name[0]}; expected heads from 0 on.")
             if pattern.shape != (n_tokens, n_tokens):
                 raise GraphError(f"Graph.patterns{name} has shape {pattern.shape}; expected {(n_tokens, n_tokens)}.")
 
     def node_ids(self) -> list[str]:
         """One name for each node, each name once.
 
-        MLP features are `layer_feature_position`, attention features `alayer_feature_position`, errors
-        `layer_error_position` and `alayer_error_position`, embeddings `E_token_position`, logits
-        `n_layers_token_position`. A name that comes again (two dictionaries at one site) gets `_2`, `_3` and so on.
+        Features are `layer_feature_position` and errors `layer_error_position`, with a letter in front: none for an
+        MLP, `a` for attention, `k` and `q` for the key and the query side of a multitoken transcoder, `v` for values,
+        `r` for the error of a block. Embeddings are `E_token_position`, logits `n_layers_token_position`. A name that
+        comes again (two dictionaries at one site) gets `_2`, `_3` and so on.
 
         Returns:
             n names in the order of the nodes.
@@ -88,7 +91,7 @@ class Graph:
         names, seen = [], Counter[str]()
         columns = [getattr(self.nodes, name).tolist() for name in ("kind", "layer", "feature", "position")]
         for kind, layer, feature, position in zip(*columns, strict=True):
-            site = "E" if kind == "embedding" else f"a{layer}" if kind.startswith("attention") else str(layer)
+            site = ID_PREFIXES[kind] + ("" if kind == "embedding" else str(layer))
             name = f"{site}_{'error' if kind.endswith('_error') else feature}_{position}"
             seen[name] += 1
             names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")

@@ -21,20 +21,28 @@ from circuits.graph.errors import GraphError
 from circuits.graph.graph import Graph
 from circuits.graph.tables import Edges, Float32, Float64, Int32, Int64, Nodes
 
+# The steps within a layer above its values, from below; logits stand on the first step of the layer after the last.
+_STEPS = (
+    ("mtc_key",),
+    ("attention_feature", "mtc_query", "attention_error"),
+    ("mlp_feature", "mlp_error", "block_error"),
+)
+
 
 def depth(nodes: Nodes) -> Int64:
     """Where each node stands on the way up through the model.
 
-    Embeddings 0, attention of layer l at 2l + 1, MLP of layer l at 2l + 2, logits at 2L + 3 with L the number of
-    layers. Every edge goes from a lower to a strictly higher depth.
+    Embeddings 0; of layer l values at 4l + 1, key sides of a multitoken transcoder at 4l + 2, query sides and attention
+    at 4l + 3, MLP and block errors at 4l + 4; logits at 4L + 1 with L the number of layers. Every edge goes from a
+    lower to a strictly higher depth.
 
     Returns:
         (n,) depths.
     """
     offset = np.ones(len(nodes), np.int64)
-    offset[np.isin(nodes.kind, ("mlp_feature", "mlp_error"))] = 2
-    offset[nodes.kind == "logit"] = 3
-    at = 2 * nodes.layer.astype(np.int64) + offset
+    for number, kinds in enumerate(_STEPS, start=2):
+        offset[np.isin(nodes.kind, kinds)] = number
+    at = 4 * nodes.layer.astype(np.int64) + offset
     at[nodes.kind == "embedding"] = 0
     return at
 

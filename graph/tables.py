@@ -16,9 +16,40 @@ import numpy.typing as npt
 
 from circuits.graph.errors import GraphError
 
-KINDS = ("embedding", "mlp_feature", "attention_feature", "mlp_error", "attention_error", "logit")
-FEATURE_KINDS = ("mlp_feature", "attention_feature")
-ERROR_KINDS = ("mlp_error", "attention_error")
+# In the order in which they stand within a layer, from below.
+KINDS = (
+    "embedding",
+    "value_feature",
+    "value_error",
+    "mtc_key",
+    "attention_feature",
+    "mtc_query",
+    "attention_error",
+    "mlp_feature",
+    "mlp_error",
+    "block_error",
+    "logit",
+)
+FEATURE_KINDS = ("value_feature", "mtc_key", "attention_feature", "mtc_query", "mlp_feature")
+ERROR_KINDS = ("value_error", "attention_error", "mlp_error", "block_error")
+# What the id of a node of each kind begins with; logits begin with their layer, as MLP features do.
+ID_PREFIXES = {
+    "embedding": "E",
+    "value_feature": "v",
+    "value_error": "v",
+    "mtc_key": "k",
+    "attention_feature": "a",
+    "mtc_query": "q",
+    "attention_error": "a",
+    "mlp_feature": "",
+    "mlp_error": "",
+    "block_error": "r",
+    "logit": "",
+}
+# Heads that the base layer does not have: the identity of a multitoken transcoder, and a feature's own pattern.
+IDENTITY_HEAD = -1
+OWN_HEAD = -2
+SPECIAL_HEADS = {IDENTITY_HEAD: "id", OWN_HEAD: "own"}
 
 Strings: TypeAlias = npt.NDArray[np.str_]
 Booleans: TypeAlias = npt.NDArray[np.bool_]
@@ -51,6 +82,23 @@ HEAD_COLUMNS: dict[str, type[np.generic]] = {
     "query": np.int32,
     "weight": np.float32,
 }
+
+
+def head_name(head: int, *, layer: int | None = None) -> str:
+    """A head as it is shown everywhere.
+
+    Example:
+        >>> head_name(5), head_name(5, layer=2), head_name(IDENTITY_HEAD), head_name(OWN_HEAD, layer=2)
+        ('H5', 'L2H5', 'id', 'L2 own')
+
+    Args:
+        head: Index of the head in its layer, `IDENTITY_HEAD` or `OWN_HEAD`.
+        layer: Its layer, to be named too.
+    """
+    name = SPECIAL_HEADS.get(head)
+    if name is None:
+        return f"H{head}" if layer is None else f"L{layer}H{head}"
+    return name if layer is None else f"L{layer} {name}"
 
 
 def column(owner: str, name: str, values: object, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -111,7 +159,8 @@ class Nodes(_Table):
     """The nodes of a graph; every column has shape (n,).
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`. A feature of a multitoken transcoder stands twice under the same dictionary and feature:
+            `mtc_key` where it is read, `mtc_query` where it writes.
         dictionary: Name of the replacement dictionary, such as "clt.3"; "" where there is none.
         layer: Layer of the model; -1 for embeddings, the number of layers for logits.
         position: Position in the prompt.
@@ -200,18 +249,19 @@ class Edges(_Table):
 class Heads(_Table):
     """The head loadings of edges that run through attention; every column has shape (k,).
 
-    The loadings of one edge add up to its weight.
+    The loadings of one edge add up to its weight; each of them may be negative.
 
     Attributes:
         edge: Index of the edge.
         layer: Layer of the head.
-        head: Index of the head in its layer.
+        head: Index of the head in its layer; `IDENTITY_HEAD` for the identity of a multitoken transcoder, `OWN_HEAD`
+            for the own pattern of an attention replacement layer's feature.
         key: Position that the head reads from.
         query: Position that the head writes to.
         weight: The share of the edge's weight that this head carries from key to query.
 
     Raises:
-        GraphError: A column is misshapen or of the wrong type, or a loading is not finite.
+        GraphError: A column is misshapen or of the wrong type, a loading is not finite, or a head is unknown.
     """
 
     edge: Int32
@@ -222,10 +272,15 @@ class Heads(_Table):
     weight: Float32
 
     def __post_init__(self) -> None:
-        """Bring every column to its type and check that all loadings are finite."""
+        """Bring every column to its type and check heads and loadings."""
         self._freeze(HEAD_COLUMNS)
         if bad := int(np.count_nonzero(~np.isfinite(self.weight))):
             raise GraphError(f"Heads.weight has {bad} values that are not finite; the model or a replacement has NaNs.")
+        if (unknown := self.head[self.head < OWN_HEAD]).size:
+            raise GraphError(
+                f"Heads.head has {unknown[0]}; expected a head's index, {IDENTITY_HEAD} for the identity or {OWN_HEAD} "
+                "for a feature's own pattern."
+            )
 
     @classmethod
     def empty(cls) -> Heads:

@@ -22,18 +22,22 @@ def pull_readers(pattern_HSS: Tensor, positions_B: Tensor, u_BHE: Tensor, w_v_KE
     return c_BSKE.reshape(batch, n_keys, n_kv * width) @ w_v_KED.reshape(n_kv * width, d_model)
 
 
-def pull_stream(pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, w_v_KED: Tensor) -> Tensor:
-    """Pull covectors that stand at every position of an attention output down to the normalised stream below it.
+def pull_values(pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, n_kv: int) -> Tensor:
+    """Pull covectors that stand at every position of an attention output down to the values below it.
 
-    Returns (B, S, D): `c[b, s] = sum_h sum_p A_h[p, s] g[b, p] O_h V_h`.
+    Returns (B, S, K * E): `c[b, s, k] = sum_p sum of heads h of k, A_h[p, s] g[b, p] O_h`.
     """
     n_heads, width, d_model = w_o_HED.shape
-    n_kv = w_v_KED.shape[0]
     batch, n, _ = g_BSD.shape
     u_BHSE = (g_BSD @ w_o_HED.reshape(-1, d_model).T).view(batch, n, n_heads, width).transpose(1, 2)
     c_BHSE = pattern_HSS[:, :n, :n].transpose(1, 2) @ u_BHSE
     c_BKSE = c_BHSE.reshape(batch, n_kv, -1, n, width).sum(2)
-    return c_BKSE.transpose(1, 2).reshape(batch, n, n_kv * width) @ w_v_KED.reshape(n_kv * width, d_model)
+    return c_BKSE.transpose(1, 2).reshape(batch, n, n_kv * width)
+
+
+def pull_stream(pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, w_v_KED: Tensor) -> Tensor:
+    """The same down to the normalised stream: (B, S, D), `c[b, s] = sum_h sum_p A_h[p, s] g[b, p] O_h V_h`."""
+    return pull_values(pattern_HSS, g_BSD, w_o_HED, w_v_KED.shape[0]) @ w_v_KED.flatten(0, 1)
 
 
 def push_values(x_NSD: Tensor, w_v_KED: Tensor, n_heads: int) -> Tensor:

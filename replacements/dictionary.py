@@ -271,17 +271,19 @@ class Replacement:
                     digest.update(block)
         return digest.hexdigest()
 
-    def check(self, n_layers: int, d_model: int, d_z: int) -> None:
+    def check(self, n_layers: int, d_model: int, d_z: int, d_v: int) -> None:
         """Raise `ReplacementError` unless every dictionary fits a model of this shape.
 
-        d_z
-            Width of the concatenated head outputs, heads x head width.
+        d_z, d_v
+            Width of the concatenated head outputs (heads x head width) and values (key-value heads x head width).
         """
+        widths = {"z": d_z, "q": d_z, "k": d_v, "v": d_v}
         for dictionary in self.dictionaries:
-            widths = [(f"reads {dictionary.read}", dictionary.read.site, dictionary.d_read)]
-            widths += [(f"writes {site}", site, dictionary.decoders[site].width) for site in dictionary.writes]
-            for what, site, width in widths:
-                expected = d_z if site.name == "z" else d_model
+            reads = dictionary.read.sites
+            parts = [(f"reads {dictionary.read}", site, dictionary.d_read // len(reads)) for site in reads]
+            parts += [(f"writes {site}", site, dictionary.decoders[site].width) for site in dictionary.writes]
+            for what, site, width in parts:
+                expected = widths.get(site.name, d_model)
                 if site.layer >= n_layers or width != expected:
                     raise ReplacementError(
                         f"{dictionary.source}: replacement for another model: dictionary {dictionary.name} {what} with "

@@ -9,17 +9,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from circuits.graph import Graph
+from circuits.graph import Graph, head_name
 from circuits.graph.formats.rows import loadings
 from circuits.graph.formats.text import visible
 
 POSITIVE, NEGATIVE, QUIET = "dodger_blue2", "dark_orange3", "grey50"
 KIND_NAMES = {
     "embedding": "token",
-    "mlp_feature": "MLP",
+    "value_feature": "value",
+    "value_error": "value error",
+    "mtc_key": "MTC key",
     "attention_feature": "attention",
-    "mlp_error": "MLP error",
+    "mtc_query": "MTC query",
     "attention_error": "attention error",
+    "mlp_feature": "MLP",
+    "mlp_error": "MLP error",
+    "block_error": "block error",
     "logit": "output",
 }
 
@@ -85,7 +90,7 @@ def feature_table(graph: Graph, limit: int) -> Table:
     nodes = graph.nodes
     features = np.flatnonzero(nodes.is_feature)
     for node in features[np.argsort(-nodes.influence[features], kind="stable")][:limit]:
-        style = "medium_purple1" if nodes.kind[node] == "attention_feature" else ""
+        style = "" if nodes.kind[node] == "mlp_feature" else "medium_purple1"
         table.add_row(
             Text(node_name(graph, node), style=style),
             position_name(graph, int(nodes.position[node])),
@@ -160,6 +165,6 @@ def _heads(rows: list[list[float]]) -> Text:
     for layer, head, _, _, weight in rows:
         sums[int(layer), int(head)] = sums.get((int(layer), int(head)), 0.0) + weight
     for (layer, head), weight in sorted(sums.items(), key=lambda item: -abs(item[1]))[:2]:
-        text.append(f"L{layer}H{head} " if not text else f"\nL{layer}H{head} ")
+        text.append(("\n" if text else "") + head_name(head, layer=layer) + " ")
         text.append_text(signed(weight))
     return text

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 _SHAPES = {
     "embedding": "box",
-    "mlp_feature": "circle",
+    "value_feature": "hexagon",
+    "mtc_key": "triangle",
     "attention_feature": "diamond",
-    "mlp_error": "point",
-    "attention_error": "point",
+    "mtc_query": "invtriangle",
+    "mlp_feature": "circle",
     "logit": "box",
 }
 _POSITIVE, _NEGATIVE = "#0072B2", "#D55E00"
@@ -82,7 +83,7 @@ def _node(graph: Graph, index: int, name: str) -> pydot.Node:
     return pydot.Node(
         quoted(name),
         label=quoted("" if kind.endswith("_error") else label),
-        shape=_SHAPES[kind],
+        shape=_SHAPES.get(kind, "point"),
         color='"#999999"' if kind.endswith("_error") else '"#333333"',
         tooltip=quoted(f"{name} {kind} influence {nodes.influence[index]:.3g}"),
     )

@@ -2,13 +2,14 @@
 
 It is a superset of Neuronpedia's graph schema (`metadata`, `qParams`, `nodes`, `links`). What is ours beside it:
 
-- `graph`: prompt, tokens, token ids, number of layers, which keys of `metadata` are the graph's own, and the
-  graph's own values of those that the schema takes.
+- `graph`: prompt, tokens, token ids, number of layers, names of the heads that the base model does not have, which
+  keys of `metadata` are the graph's own, and the graph's own values of those that the schema takes.
 - On a node: `kind`, `dictionary`, `model_layer`, `feature_index`, `pre_activation`, `bias`, `node_influence`,
   `target_weight`, `probability`, `label`. Neuronpedia's `influence` is our cumulative influence, its `feature` is
   layer and feature in one number (Cantor pairing, which its `schema_version` 1 stands for), its `lorsa` is any
-  attention feature.
-- On a link through attention: `heads`, rows of [layer, head, key position, query position, weight].
+  feature of attention: of an attention output, of values, or either side of a multitoken transcoder.
+- On a link through attention: `heads`, rows of [layer, head, key position, query position, weight]; head -1 is the
+  identity of a multitoken transcoder, -2 a feature's own pattern.
 - `patterns`: for "layer.head" one row for each query, up to and with the query's own position.
 
 Numbers are written with as many digits as single precision has, so loading gives back the same arrays. A number
@@ -29,16 +30,23 @@ from circuits.graph.formats.rows import loadings, plain
 from circuits.graph.formats.text import model_name, slug
 from circuits.graph.formats.whole_file import write_whole
 from circuits.graph.graph import Graph
+from circuits.graph.tables import ERROR_KINDS, FEATURE_KINDS, SPECIAL_HEADS
 
 FORMAT = 1
 # Keys of the metadata that the schema gives a meaning to, so that the graph's own value cannot stand there.
 REQUIRED = ("slug", "scan", "prompt", "prompt_tokens", "schema_version")
+# The schema has no other types. A block's error goes with the MLP's: both stand at the top of their layer.
 FEATURE_TYPES = {
     "embedding": "embedding",
-    "mlp_feature": "cross layer transcoder",
+    "value_feature": "lorsa",
+    "value_error": "lorsa error",
+    "mtc_key": "lorsa",
     "attention_feature": "lorsa",
-    "mlp_error": "mlp reconstruction error",
+    "mtc_query": "lorsa",
     "attention_error": "lorsa error",
+    "mlp_feature": "cross layer transcoder",
+    "mlp_error": "mlp reconstruction error",
+    "block_error": "mlp reconstruction error",
     "logit": "logit",
 }
 # Our column by its name in the file, where the two differ.
@@ -84,6 +92,7 @@ def dumps(graph: Graph) -> str:
         "tokens": graph.tokens,
         "token_ids": graph.token_ids,
         "n_layers": graph.n_layers,
+        "head_names": {str(head): name for head, name in SPECIAL_HEADS.items()},
         "metadata_keys": sorted(graph.metadata),
         "metadata_replaced": {key: graph.metadata[key] for key in REQUIRED if key in graph.metadata},
     }
@@ -158,9 +167,9 @@ def _for_viewers(node: dict[str, Any], name: str, *, is_top: bool) -> dict[str, 
     """What a viewer asks for beside our own columns."""
     kind, layer, feature = node["kind"], node["model_layer"], node["feature_index"]
     site, _, rest = name.partition("_")
-    if kind.endswith("_feature"):
+    if kind in FEATURE_KINDS:
         drawn, viewer_id = cantor_pairing(layer, feature), f"{site}_{feature}-0"
-    elif kind.endswith("_error"):
+    elif kind in ERROR_KINDS:
         drawn, viewer_id = None, f"{site}_error-{node['ctx_idx']}"
     else:
         drawn, viewer_id = feature, f"{'L' if kind == 'logit' else 'E'}_{rest.replace('_', '-')}"

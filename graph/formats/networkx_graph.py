@@ -2,7 +2,7 @@
 
 A node is named by its id and has every column of `Nodes` as an attribute. An edge has `weight`, `heads`, a list of
 (layer, head, key position, query position, weight), and `index`, its place among the edges. The graph's own
-attributes hold the rest.
+attributes hold the rest, and as `head_names` the names of the heads that the base model does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from circuits.graph.errors import GraphError
 from circuits.graph.formats.rows import loadings, plain
 from circuits.graph.graph import Graph
-from circuits.graph.tables import NODE_COLUMNS, Edges, Heads, Nodes
+from circuits.graph.tables import NODE_COLUMNS, SPECIAL_HEADS, Edges, Heads, Nodes
 
 if TYPE_CHECKING:
     import networkx
@@ -33,7 +33,9 @@ def to_networkx(graph: Graph) -> networkx.DiGraph[str]:
     import networkx
 
     names = graph.node_ids()
-    digraph: networkx.DiGraph[str] = networkx.DiGraph(**{name: getattr(graph, name) for name in GRAPH_ATTRIBUTES})
+    digraph: networkx.DiGraph[str] = networkx.DiGraph(
+        **{name: getattr(graph, name) for name in GRAPH_ATTRIBUTES}, head_names=dict(SPECIAL_HEADS)
+    )
     columns = {name: values.tolist() for name, values in graph.nodes.columns().items()}
     for index, name in enumerate(names):
         digraph.add_node(name, **{key: values[index] for key, values in columns.items()})

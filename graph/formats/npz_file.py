@@ -1,9 +1,9 @@
 """`graph.npz`: the columns as arrays, for numbers.
 
 One array a node column under its own name, the edges as `source`, `target`, `weight`, the loadings as `head_edge`,
-`head_layer`, `head`, `head_key`, `head_query`, `head_weight`, a pattern as `pattern_{layer}_{head}`, and the rest as
-JSON in the one string of `graph`. No pickles, so reading a file runs nothing; no timestamps, so the same graph
-gives the same bytes.
+`head_layer`, `head` (-1 the identity, -2 a feature's own pattern), `head_key`, `head_query`, `head_weight`, a pattern
+as `pattern_{layer}_{head}`, and the rest as JSON in the one string of `graph`. No pickles, so reading a file runs
+nothing; no timestamps, so the same graph gives the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read(path: Path) -> Graph:
         raise GraphError(f"{path}: array 'graph' is not what it should be ({error}). Trace again.") from error
 
 
-def head_name(column: str) -> str:
+def _head_array(column: str) -> str:
     """The name in the archive of a column of the loadings."""
     return "head" if column == "head" else f"head_{column}"
 
@@ -86,7 +86,7 @@ def _arrays(graph: Graph) -> dict[str, npt.NDArray[Any]]:
     arrays = {"graph": np.array(text)}
     arrays |= {name: _narrow(values) for name, values in graph.nodes.columns().items()}
     arrays |= graph.edges.columns()
-    arrays |= {head_name(name): values for name, values in graph.heads.columns().items()}
+    arrays |= {_head_array(name): values for name, values in graph.heads.columns().items()}
     for (layer, head_index), pattern in sorted(graph.patterns.items()):
         arrays[f"pattern_{layer}_{head_index}"] = pattern.astype(np.float32)
     return arrays
@@ -111,7 +111,7 @@ def _graph(arrays: dict[str, npt.NDArray[Any]]) -> Graph:
         n_layers=head["n_layers"],
         nodes=Nodes(**{name: arrays[name] for name in NODE_COLUMNS}),
         edges=Edges(**{name: arrays[name] for name in EDGE_COLUMNS}),
-        heads=Heads(**{name: arrays[head_name(name)] for name in HEAD_COLUMNS}),
+        heads=Heads(**{name: arrays[_head_array(name)] for name in HEAD_COLUMNS}),
         patterns=patterns,
         metadata=head["metadata"],
     )

@@ -1,8 +1,9 @@
 """Edges of the SVG: which are drawn, along which curve, and where there is room for a name.
 
 An edge through attention rises in its source's column and crosses to its target's column just below the layer
-whose heads carried it, lower the farther it goes, so that edges of one layer fan out. An edge within one column
-bends a little, so that it does not run through other nodes.
+whose heads carried it, lower the farther it goes, so that edges of one layer fan out. What leaves a value is carried
+by the heads of its own layer: it crosses at once and rises in its target's column. An edge within one column bends a
+little, so that it does not run through other nodes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """One edge as it is drawn: its place among the edges, its four Bézier points, and what its look says."""
+    """One edge as it is drawn: its place among the edges, its four Bézier points, and what its look says.
+
+    `crosses` says that it goes between columns, or from the key side to the query side of a feature.
+    """
 
     edge: int
     points: tuple[Point, Point, Point, Point]
@@ -63,7 +67,7 @@ def curves(graph: Graph, layout: Layout, limit: int) -> list[Curve]:
     drawn = []
     for edge in strongest[::-1].tolist():
         source, target = int(edges.source[edge]), int(edges.target[edge])
-        crosses = bool(nodes.position[source] != nodes.position[target])
+        crosses = bool(nodes.position[source] != nodes.position[target] or nodes.kind[source] == "mtc_key")
         points = _points(graph, layout, edge)
         drawn.append(Curve(edge, points, weights[edge], float(part[edge]), float(scores[edge]), heads[edge], crosses))
     return drawn
@@ -78,11 +82,16 @@ def _points(graph: Graph, layout: Layout, edge: int) -> tuple[Point, Point, Poin
     middle = layout.columns[int(position)].centre if layout.columns else x1
     if graph.nodes.position[source] != position:
         far = min(1.0, abs(x2 - x1) / layout.width)
+        if graph.nodes.kind[source] in ("value_feature", "value_error"):
+            above_source = min((0.3 + 0.5 * far) * rise, 40.0 + 30.0 * far)
+            return (x1, y1), (x1, y1 - above_source), (x2, y1 - above_source - 0.15 * rise), (x2, y2)
         below_target = min((0.3 + 0.5 * far) * rise, 60.0 + 40.0 * far)
         return (x1, y1), (x1, y1 - (0.85 - 0.45 * far) * rise), (x2, y2 + below_target), (x2, y2)
     beside = (x1 + x2) / 2 - middle
     outward = 1 if beside > 1.0 or (abs(beside) <= 1.0 and edge % 2) else -1
     bend = outward * min(0.12 * rise, 1.2 * layout.slot) if rise > 60.0 else 0.0
+    if graph.nodes.kind[source] == "mtc_key":
+        bend = outward * min(0.5 * rise, 0.6 * layout.slot)
     return (x1, y1), (x1 + bend, y1 - 0.4 * rise), (x2 + bend, y2 + 0.4 * rise), (x2, y2)
 
 

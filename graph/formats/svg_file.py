@@ -1,7 +1,7 @@
 """`graph.svg`: a picture of the graph, drawn here without Graphviz.
 
-A column for each token, a row for each layer; attention features are diamonds, MLP features circles. Every node and
-edge tells its numbers as a tooltip. The picture follows the reader's light or dark scheme.
+A column for each token, up to three rows for each layer: key sides, attention, MLP. Each kind of node has its shape.
+Every node and edge tells its numbers as a tooltip. The picture follows the reader's light or dark scheme.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where everything stands in the SVG: a column for each token, a row for each sort of node in each layer.
 
-From below: embeddings, then for every layer attention and above it MLP, then logits. All nodes of one kind, layer
-and position share a cell and are packed into lines; columns and rows are as large as their fullest cell asks.
+From below: embeddings, then for every layer key sides, where it has any, above them attention and then MLP, then
+logits. All nodes of one row and position share a cell and are packed into lines; columns and rows are as large as
+their fullest cell asks.
 """
 
 from __future__ import annotations
@@ -14,23 +15,39 @@ import numpy as np
 
 from circuits.graph.formats.svg_style import shortened, shown, text_width
 from circuits.graph.graph import Graph
-from circuits.graph.tables import Float64
+from circuits.graph.tables import KINDS, Float64
 
 LEFT = 74.0
 RIGHT = 26.0
 LABEL_WIDTH = 92.0
 SLANT = 45.0
 LOGIT_SLOT = 21.0
+_SORTS = {
+    "embedding": "embedding",
+    "value_feature": "key",
+    "value_error": "key",
+    "mtc_key": "key",
+    "attention_feature": "attention",
+    "mtc_query": "attention",
+    "attention_error": "attention",
+    "mlp_feature": "mlp",
+    "mlp_error": "mlp",
+    "block_error": "mlp",
+    "logit": "logit",
+}
+_LEAST_LANE = 16.0
+_NAMES = {"embedding": "tokens", "key": "key side", "attention": "attention", "mlp": "MLP", "logit": "output"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of cells: its sort ("embedding", "attention", "mlp", "logit"), layer, upper edge and height."""
+    """One row of cells: its sort (a key of `_NAMES`), layer, upper edge, height, and its name in the picture."""
 
     sort: str
     layer: int
     top: float
     height: float
+    name: str
 
 
 @dataclass(frozen=True)
@@ -142,12 +159,13 @@ def columns_layout(graph: Graph, top: float) -> Layout:
 
 
 def _cells(graph: Graph) -> dict[tuple[str, int, int], list[int]]:
-    """The nodes of each (sort, layer, position): features first, then errors, each by feature index."""
+    """The nodes of each (sort, layer, position): features first, then errors, each by kind and feature index."""
     nodes = graph.nodes
     cells: dict[tuple[str, int, int], list[int]] = defaultdict(list)
-    sorts = [kind.partition("_")[0] for kind in nodes.kind.tolist()]
+    sorts = [_SORTS[kind] for kind in nodes.kind.tolist()]
     places = list(zip(sorts, nodes.layer.tolist(), nodes.position.tolist(), strict=True))
-    order = np.lexsort((np.arange(len(nodes)), nodes.feature, nodes.is_error)).tolist()
+    kinds = np.array([KINDS.index(kind) for kind in nodes.kind.tolist()])
+    order = np.lexsort((np.arange(len(nodes)), nodes.feature, kinds, nodes.is_error)).tolist()
     for index in order:
         cells[places[index]].append(index)
     logits = [key for key in cells if key[0] == "logit"]
@@ -157,11 +175,13 @@ def _cells(graph: Graph) -> dict[tuple[str, int, int], list[int]]:
 
 
 def _crossing(graph: Graph) -> list[int]:
-    """For each layer how many edges cross columns on their way into its attention nodes."""
+    """For each layer how many edges its heads carry across columns: into attention nodes, and out of values."""
     nodes, edges = graph.nodes, graph.edges
     crosses = nodes.position[edges.source] != nodes.position[edges.target]
-    into = nodes.layer[edges.target[crosses & (nodes.kind[edges.target] == "attention_feature")]]
-    counts: list[int] = np.bincount(into, minlength=graph.n_layers).tolist()
+    out_of = crosses & np.isin(nodes.kind[edges.source], ("value_feature", "value_error"))
+    into = crosses & ~out_of & np.isin(nodes.kind[edges.target], ("attention_feature", "mtc_query"))
+    layers = np.concatenate([nodes.layer[edges.source[out_of]], nodes.layer[edges.target[into]]])
+    counts: list[int] = np.bincount(layers, minlength=graph.n_layers).tolist()
     return counts
 
 
@@ -188,10 +208,15 @@ def _columns(labels: list[str], per_line: list[int], room: _Room) -> tuple[tuple
 def _rows(
     graph: Graph, cells: dict[tuple[str, int, int], list[int]], per_line: list[int], top: float, room: _Room
 ) -> tuple[Row, ...]:
-    """Rows from the top down, with a lane for crossing edges below attention; a row without nodes is thin."""
+    """Rows from the top down, with a lane for crossing edges below attention; a row without nodes is thin.
+
+    A layer without key sides has no row for them.
+    """
+    keyed = {layer for sort, layer, _ in cells if sort == "key"}
     sorts = [("logit", graph.n_layers)]
     for layer in reversed(range(graph.n_layers)):
-        sorts += [("mlp", layer), ("attention", layer)]
+        sorts += [("mlp", layer), ("attention", layer), *([("key", layer)] if layer in keyed else [])]
+    blocks = _only_blocks(graph)
     lines: dict[tuple[str, int], int] = defaultdict(int)
     crossing = _crossing(graph)
     for (sort, layer, position), members in cells.items():
@@ -202,8 +227,15 @@ def _rows(
         height = 12.0
         if lines[sort, layer] or sort == "embedding":
             height = max(room.row, lines[sort, layer] * room.line + 14.0)
-        rows.append(Row(sort, layer, top, height))
+        rows.append(Row(sort, layer, top, height, "block" if sort == "mlp" and layer in blocks else _NAMES[sort]))
         top += height
         if sort == "attention":
-            top += min(110.0, 5.0 * math.sqrt(crossing[layer]))
+            top += max(_LEAST_LANE if layer in keyed else 0.0, min(110.0, 5.0 * math.sqrt(crossing[layer])))
     return tuple(rows)
+
+
+def _only_blocks(graph: Graph) -> set[int]:
+    """The layers that a multitoken transcoder stands for as a whole, so that the row of the MLP is the block's."""
+    nodes = graph.nodes
+    mlp = np.isin(nodes.kind, ("mlp_feature", "mlp_error"))
+    return set(nodes.layer[nodes.kind == "block_error"].tolist()) - set(nodes.layer[mlp].tolist())

@@ -9,11 +9,24 @@ from circuits.graph.formats.svg_parts import shape, text
 from circuits.graph.formats.svg_style import shortened, text_width
 from circuits.graph.formats.text import model_name, visible
 from circuits.graph.graph import Graph
+from circuits.graph.tables import IDENTITY_HEAD, OWN_HEAD, head_name
 
 _GAP = 20.0
 _LINE = 17.0
 # Room that a sign takes in front of its words; shapes take less than strokes, see `_entry`.
 _SIGN_WIDTHS = {"": 0.0, "positive": 28.0, "negative": 28.0, "frozen": 28.0, "widths": 34.0}
+_KIND_NAMES = {
+    "mlp_feature": "MLP feature",
+    "attention_feature": "attention feature",
+    "mtc_key": "MTC feature, key side",
+    "mtc_query": "MTC feature, query side",
+    "value_feature": "value feature",
+    "mlp_error": "MLP error",
+    "attention_error": "attention error",
+    "value_error": "value error",
+    "block_error": "block error",
+}
+_HEAD_WORDS = {IDENTITY_HEAD: "the identity of an MTC", OWN_HEAD: "the feature's own pattern"}
 
 
 def title(graph: Graph, width: float) -> list[str]:
@@ -74,14 +87,13 @@ def legend(graph: Graph, drawn: list[Curve], top: float, width: float) -> tuple[
 def _entries(graph: Graph, drawn: list[Curve]) -> list[tuple[str, str]]:
     kinds = set(graph.nodes.kind.tolist())
     entries = [("embedding", "token")]
-    names = {"mlp_feature": "MLP feature", "attention_feature": "attention feature"}
-    entries += [(kind, name) for kind, name in names.items() if kind in kinds]
-    names = {"mlp_error": "MLP error", "attention_error": "attention error"}
-    entries += [(kind, name) for kind, name in names.items() if kind in kinds]
+    entries += [(kind, name) for kind, name in _KIND_NAMES.items() if kind in kinds]
     entries += [("positive", "raises the target"), ("negative", "lowers the target")]
     entries.append(("widths", "width: share of the target's input"))
     if any(curve.heads and curve.crosses for curve in drawn):
         entries.append(("", "L2H5: strongest head on an edge through attention"))
+    heads = {row[1] for curve in drawn for row in curve.heads}
+    entries += [("", f"{head_name(head)}: {words}") for head, words in _HEAD_WORDS.items() if head in heads]
     if any(curve.crosses and not curve.heads for curve in drawn):
         entries.append(("frozen", "through frozen attention"))
     count = f"{len(graph.edges):,} edges drawn"

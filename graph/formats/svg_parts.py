@@ -15,7 +15,6 @@ from circuits.graph.formats.svg_style import escaped, shortened, shown, text_wid
 from circuits.graph.formats.text import heads_text, strongest_head
 from circuits.graph.graph import Graph
 
-_ROW_NAMES = {"mlp": "MLP", "attention": "attention", "embedding": "tokens", "logit": "output"}
 _NAMED_EDGES = 14
 _NAMED_NODES = 60
 _ROOMY = 20.0
@@ -33,10 +32,10 @@ def frame(layout: Layout, width: float) -> list[str]:
     for row in layout.rows:
         middle = row.top + row.height / 2 + 3.0
         if row.sort == "mlp" and row.layer % 2 == 0:
-            height = row.height + next(r.height for r in layout.rows if (r.sort, r.layer) == ("attention", row.layer))
+            height = max(r.top + r.height for r in layout.rows if r.layer == row.layer) - row.top
             parts.append(f'<rect class="band" x="0" y="{row.top:.1f}" width="{width:.1f}" height="{height:.1f}"/>')
         if row.height > 12.0:
-            parts.append(text(62, middle, _ROW_NAMES[row.sort], "small quiet end"))
+            parts.append(text(62, middle, row.name, "small quiet end"))
         if row.sort == "mlp":
             parts.append(text(8, row.top + row.height + 3.5, f"L{row.layer}"))
     if layout.rows:
@@ -85,8 +84,15 @@ def nodes(graph: Graph, layout: Layout) -> list[str]:
 
 
 def shape(kind: str, x: float, y: float, r: float, title: str = "") -> str:
-    """The sign of one kind of node: a circle for MLP, a diamond for attention, a square for tokens."""
+    """The sign of one kind of node.
+
+    A circle for MLP, a diamond for attention, a hexagon for values, a square for tokens, logits and whole blocks; of a
+    multitoken transcoder a triangle that points up for the key side and down for the query side.
+    """
     classes = f'class="node {kind}"'
+    if kind.startswith(("mtc", "value")):
+        side = 1.25 * r if kind == "mtc_query" else -1.25 * r
+        return f'<path {classes} d="{_outline(kind, x, y, side, 1.15 * r)}">{title}</path>'
     if kind.startswith("mlp"):
         return f'<circle {classes} cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}">{title}</circle>'
     if kind.startswith("attention"):
@@ -94,7 +100,17 @@ def shape(kind: str, x: float, y: float, r: float, title: str = "") -> str:
         corners = f"M{x:.1f} {y - r:.1f}l{r:.1f} {r:.1f} {-r:.1f} {r:.1f} {-r:.1f} {-r:.1f}z"
         return f'<path {classes} d="{corners}">{title}</path>'
     corner = f'x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r:.1f}" height="{2 * r:.1f}"'
-    return f'<rect {classes} {corner} rx="1.5">{title}</rect>'
+    round_by = 0.3 if kind == "block_error" else 1.5
+    return f'<rect {classes} {corner} rx="{round_by}">{title}</rect>'
+
+
+def _outline(kind: str, x: float, y: float, side: float, r: float) -> str:
+    """A triangle whose tip lies `side` below its middle, or a hexagon of outer radius r."""
+    if kind.startswith("mtc"):
+        return f"M{x:.1f} {y + side:.1f}L{x + abs(side):.1f} {y - 0.75 * side:.1f}H{x - abs(side):.1f}z"
+    half, wide = 0.5 * r, 0.87 * r
+    corners = f"l{wide:.1f} {half:.1f} 0 {r:.1f} {-wide:.1f} {half:.1f} {-wide:.1f} {-half:.1f} 0 {-r:.1f}z"
+    return f"M{x:.1f} {y - r:.1f}{corners}"
 
 
 def _node_tooltip(node: dict[str, Any], name: str, tokens: tuple[str, ...]) -> str:

@@ -1,7 +1,8 @@
 """How the SVG looks: colours, type, and the width that a text will have.
 
 Sign colours are blue and vermilion of the palette of Okabe and Ito, which colour-blind readers can tell apart;
-attention features are its green. The dark scheme takes the lighter tones of the same palette.
+attention features are its green: filled where they write, an outline on the key side. The dark scheme takes the
+lighter tones of the same palette.
 """
 
 from __future__ import annotations
@@ -58,9 +59,13 @@ def _colours(colour: dict[str, str], prefix: str) -> str:
         "text.positive": f"fill:{colour['positive']};stroke:{colour['paper']}",
         "text.negative": f"fill:{colour['negative']};stroke:{colour['paper']}",
         ".mlp_feature": f"fill:{colour['mlp']};stroke:{colour['ink']}",
-        ".attention_feature": f"fill:{colour['attention']};stroke:{colour['paper']}",
+        ".attention_feature,.circuits .mtc_query": f"fill:{colour['attention']};stroke:{colour['paper']}",
+        ".mtc_key,.circuits .value_feature": f"fill:{colour['paper']};stroke:{colour['attention']}",
         ".embedding,.circuits .logit": f"fill:{colour['token']};stroke:{colour['ink']}",
-        ".mlp_error,.circuits .attention_error": f"fill:{colour['paper']};stroke:{colour['error']}",
+        ".mlp_error,.circuits .attention_error,.circuits .block_error": (
+            f"fill:{colour['paper']};stroke:{colour['error']}"
+        ),
+        ".value_error": f"fill:{colour['error']};stroke:{colour['error']}",
     }
     return "\n".join(f"{prefix}.circuits {selector} {{ {rule} }}" for selector, rule in rules.items())
 
@@ -74,12 +79,14 @@ def style_sheet() -> str:
 .circuits .tiny {{ font-size: 7.5px; }}
 .circuits .halo, .circuits text.positive, .circuits text.negative {{
   paint-order: stroke; stroke-width: 2.5px; stroke-linejoin: round; }}
+.circuits text.positive, .circuits text.negative {{ stroke-width: 3.5px; }}
 .circuits .end {{ text-anchor: end; }}
 .circuits .middle {{ text-anchor: middle; }}
 .circuits .stream, .circuits .rule {{ stroke-width: 0.75; fill: none; }}
 .circuits .edge {{ fill: none; stroke-linecap: round; }}
 .circuits .frozen {{ stroke-dasharray: 3 2.5; stroke-linecap: butt; }}
 .circuits .node {{ stroke-width: 0.9; }}
+.circuits .mtc_key, .circuits .value_feature {{ stroke-width: 1.4; stroke-linejoin: round; }}
 .circuits .edge:hover {{ stroke-opacity: 1; stroke-width: 4; }}
 .circuits .node:hover {{ stroke-width: 2.5; }}"""
     dark = _colours(_DARK, "  ")

@@ -7,6 +7,7 @@ import unicodedata
 from typing import Any
 
 from circuits.graph.graph import Graph
+from circuits.graph.tables import head_name
 
 _VISIBLE = {0x09: "⇥", 0x0A: "⏎", 0x0D: "␍", 0x7F: "␡"}
 
@@ -58,8 +59,8 @@ def heads_text(rows: list[list[Any]], limit: int | None = None) -> str:
     """Head loadings in words, strongest first.
 
     Example:
-        >>> heads_text([[2, 5, 1, 7, 0.25], [2, 0, 1, 7, -0.5]])
-        'L2H0 1→7 -0.5, L2H5 1→7 +0.25'
+        >>> heads_text([[2, 5, 1, 7, 0.25], [2, 0, 1, 7, -0.5], [2, -1, 7, 7, 0.1]])
+        'L2H0 1→7 -0.5, L2H5 1→7 +0.25, L2 id 7→7 +0.1'
 
     Args:
         rows: Rows of [layer, head, key position, query position, weight].
@@ -67,7 +68,7 @@ def heads_text(rows: list[list[Any]], limit: int | None = None) -> str:
     """
     strongest = sorted(rows, key=lambda row: -abs(row[4]))
     shown = strongest[:limit]
-    words = [f"L{layer}H{head} {key}→{query} {weight:+.3g}" for layer, head, key, query, weight in shown]
+    words = [f"{head_name(head, layer=layer)} {key}→{query} {weight:+.3g}" for layer, head, key, query, weight in shown]
     return ", ".join(words) + (f", and {len(rows) - len(shown)} more" if len(shown) < len(rows) else "")
 
 
@@ -77,4 +78,4 @@ def strongest_head(rows: list[list[Any]]) -> str:
     for layer, head, _, _, weight in rows:
         sums[layer, head] = sums.get((layer, head), 0.0) + weight
     layer, head = max(sums, key=lambda name: (abs(sums[name]), -name[0], -name[1]))
-    return f"L{layer}H{head}"
+    return head_name(head, layer=layer)

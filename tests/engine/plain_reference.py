@@ -5,19 +5,34 @@ gradient cut, a frozen one runs with its recorded pattern and norm denominator; 
 where nodes write, and the gradient of a target's pre-activation with respect to that zero is the target's covector
 there. Slow (one backward pass a target), and short enough to be checked by eye.
 
-Places in the stream: "embedding", ("attention", l), ("mlp", l). Shapes: S positions, D model width, H heads.
+Places where nodes write: "embedding", ("attention", l), ("mlp", l), ("block", l) for what stands for a whole block,
+(D,) each; ("value", l), the values of all key-value heads (K E,); ("moved", dictionary), what the base layer's heads
+carry, (F r,), read by the query side of that dictionary only. What dictionaries do is in `plain_attention.py`.
+Shapes: S positions, D model width, H heads, K key-value heads, E head width, F features of rank r.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from plain_attention import (
+    Place,
+    arrived,
+    cut_layers,
+    encoded,
+    gated,
+    kept,
+    kind_of,
+    own_patterns,
+    strongest,
+    with_identity,
+)
+from plain_weights import Weights
 from torch import Tensor, nn
 
-from circuits.replacements import Dictionary, Replacement
+from circuits.replacements import Dictionary, Replacement, Site
+from circuits.replacements.movement import HeadLoading, OwnAttention
 
-Place = str | tuple[str, int]
 Key = tuple[str, int, int, int]
 
 
@@ -39,67 +54,21 @@ class Target:
 
 @dataclass
 class Pass:
-    """What one forward pass of the linearized model has at every place, (S, D) each.
+    """What one forward pass of the linearized model has at every place, (S, D) each; the values (S, K E).
 
-    `pre[l]` is the stream below layer l, and after the last one; the attention inputs are normed.
+    `pre[l]` is the stream below layer l, and after the last one; the attention inputs are normed. Values are the base
+    model's for that stream, whatever replaces them. `added` is what was added to the recording.
     """
 
+    added: dict[Place, Tensor]
     pre: list[Tensor]
     attention_input: list[Tensor]
+    attention_scaled: list[Tensor]
+    values: list[Tensor]
     mid: list[Tensor]
     mid_normed: list[Tensor]
     mid_scaled: list[Tensor]
     final: Tensor
-
-
-class Weights:
-    """A Hugging Face GPT-2 or Llama in float64, one name for each part."""
-
-    def __init__(self, lm: nn.Module) -> None:
-        config: Any = lm.config
-        self.is_gpt2 = config.model_type == "gpt2"
-        self.w = {name: tensor.detach().double() for name, tensor in lm.state_dict().items()}
-        self.n_layers, self.n_heads = config.num_hidden_layers, config.num_attention_heads
-        self.n_kv = self.n_heads if self.is_gpt2 else config.num_key_value_heads
-        self.width = config.hidden_size // self.n_heads if self.is_gpt2 else config.head_dim
-        self.epsilon = config.layer_norm_epsilon if self.is_gpt2 else config.rms_norm_eps
-        self.theta = None if self.is_gpt2 else config.rope_parameters["rope_theta"]
-        self.embedding = self.w["transformer.wte.weight" if self.is_gpt2 else "model.embed_tokens.weight"]
-        self.unembedding = self.w["lm_head.weight"]
-
-    def norm_weights(self, which: str, layer: int) -> tuple[Tensor, Tensor | float]:
-        if self.is_gpt2:
-            name = {"attention": f"h.{layer}.ln_1", "mlp": f"h.{layer}.ln_2", "final": "ln_f"}[which]
-            return self.w[f"transformer.{name}.weight"], self.w[f"transformer.{name}.bias"]
-        inside = f"layers.{layer}."
-        names = {"attention": inside + "input_layernorm", "mlp": inside + "post_attention_layernorm", "final": "norm"}
-        return self.w[f"model.{names[which]}.weight"], 0.0
-
-    def projection(self, layer: int, letter: str) -> tuple[Tensor, Tensor]:
-        """Weight (out, in) and bias of the q, k, v or o projection."""
-        if self.is_gpt2 and letter == "o":
-            prefix = f"transformer.h.{layer}.attn.c_proj"
-            return self.w[f"{prefix}.weight"].T, self.w[f"{prefix}.bias"]
-        if self.is_gpt2:
-            fused, bias = (self.w[f"transformer.h.{layer}.attn.c_attn.{part}"] for part in ("weight", "bias"))
-            d = fused.shape[0]
-            columns = slice("qkv".index(letter) * d, ("qkv".index(letter) + 1) * d)
-            return fused.T[columns], bias[columns]
-        prefix = f"model.layers.{layer}.self_attn.{letter}_proj"
-        weight = self.w[f"{prefix}.weight"]
-        return weight, self.w.get(f"{prefix}.bias", torch.zeros(len(weight)).double())
-
-    def mlp(self, layer: int, x: Tensor) -> Tensor:
-        if self.is_gpt2:
-            up, up_bias, down, down_bias = (
-                self.w[f"transformer.h.{layer}.mlp.{name}"]
-                for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias")
-            )
-            return nn.functional.gelu(x @ up + up_bias, approximate="tanh") @ down + down_bias
-        gate, up, down = (
-            self.w[f"model.layers.{layer}.mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj")
-        )
-        return (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
 class Reference:
@@ -111,13 +80,21 @@ class Reference:
         self.weights = Weights(lm)
         self.ids = list(token_ids)
         self.first = 1 if special else 0
-        self.dictionaries = [d for replacement in replacements for d in replacement.dictionaries]
-        self.reads_of = {(d.read.site.name, d.layer): d for d in self.dictionaries}
-        self.replaced = {d.layer for d in self.dictionaries if d.read.site.name in ("attn_out", "z")}
-        self.skips = {d.layer: d for d in self.dictionaries if d.skip is not None}
-        self._record()
+        given = [d for replacement in replacements for d in replacement.dictionaries]
+        self.cuts = cut_layers(given)
+        self.dictionaries = kept(given)
+        written = [site for _, writes in self.dictionaries.values() for site in writes]
+        self.replaced = {site.layer for site in written if site.name in ("attn_out", "z")}
+        self.valued = {site.layer for site in written if site.name == "v"}
+        assert not self.replaced & self.valued
+        self.skips = {d.layer: d for d, _ in self.dictionaries.values() if d.skip is not None}
+        self.moved: dict[str, Tensor] = {}
+        self.own_patterns: dict[str, Tensor] = {}
+        self.owners: dict[Key, Dictionary] = {}
+        self._directions: dict[Key, Tensor] = {}
         self.sources: dict[Key, Source] = {}
         self.targets: dict[Key, Target] = {}
+        self._record()
         self._nodes()
 
     # --- the base model -------------------------------------------------------------------------------------------
@@ -127,27 +104,25 @@ class Reference:
         weights = self.weights
         self.scales: dict[tuple[str, int], Tensor] = {}
         self.patterns: list[Tensor] = []
-        self.attention_outputs: list[Tensor] = []
-        self.mlp_outputs: list[Tensor] = []
-        self.z: list[Tensor] = []
-        x = self._embedded()
+        self.outputs: dict[tuple[str, int], Tensor] = {}
+        x = self.embedded()
         for layer in range(weights.n_layers):
-            normed = self._norm(x, "attention", layer, record=True)
-            self.patterns.append(self._pattern(layer, normed))
-            self.z.append(self.head_outputs(layer, normed))
-            self.attention_outputs.append(self._output(layer, self.z[layer]))
-            x = x + self.attention_outputs[layer]
-            self.mlp_outputs.append(weights.mlp(layer, self._norm(x, "mlp", layer, record=True)))
-            x = x + self.mlp_outputs[layer]
-        self.logits = self._norm(x, "final", 0, record=True) @ weights.unembedding.T
+            normed = self.norm(x, "attention", layer, record=True)
+            self.patterns.append(self.pattern(layer, normed))
+            values = self.outputs["value", layer] = self.values(layer, normed)
+            attention = self.outputs["attention", layer] = self.output(layer, self.head_outputs(layer, values))
+            x = x + attention
+            mlp = self.outputs["mlp", layer] = weights.mlp(layer, self.norm(x, "mlp", layer, record=True))
+            x = self.outputs["block", layer] = x + mlp
+        self.logits = self.norm(x, "final", 0, record=True) @ weights.unembedding.T
 
-    def _embedded(self) -> Tensor:
+    def embedded(self) -> Tensor:
         x = self.weights.embedding[self.ids]
         if self.weights.is_gpt2:
             x = x + self.weights.w["transformer.wpe.weight"][: len(self.ids)]
         return x
 
-    def _norm(self, x: Tensor, which: str, layer: int, *, record: bool = False, gain: bool = True) -> Tensor:
+    def norm(self, x: Tensor, which: str, layer: int, *, record: bool = False, gain: bool = True) -> Tensor:
         """The norm with its recorded denominator; `gain=False` leaves out gain and bias."""
         if self.weights.is_gpt2:
             x = x - x.mean(-1, keepdim=True)
@@ -157,10 +132,9 @@ class Reference:
         weight, bias = self.weights.norm_weights(which, layer)
         return x * weight + bias if gain else x
 
-    def _heads(self, layer: int, letter: str, normed: Tensor) -> Tensor:
-        """Queries, keys or values of every query head, (H, S, E)."""
-        weight, bias = self.weights.projection(layer, letter)
-        x = (normed @ weight.T + bias).unflatten(-1, (-1, self.weights.width)).transpose(0, 1)
+    def _heads(self, x: Tensor) -> Tensor:
+        """Queries, keys or values side by side, one of each for every query head: (H, S, E)."""
+        x = x.unflatten(-1, (-1, self.weights.width)).transpose(0, 1)
         return x.repeat_interleave(self.weights.n_heads // len(x), dim=0)
 
     def _rotated(self, x: Tensor) -> Tensor:
@@ -173,47 +147,66 @@ class Reference:
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
-    def _pattern(self, layer: int, normed: Tensor) -> Tensor:
-        q, k = (self._rotated(self._heads(layer, letter, normed)) for letter in "qk")
+    def pattern(self, layer: int, normed: Tensor) -> Tensor:
+        """(H, S, S) [query, key]."""
+        q, k = (self._rotated(self._heads(self._projected(layer, letter, normed))) for letter in "qk")
         scores = q @ k.transpose(1, 2) / self.weights.width**0.5
         future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1)
 
-    def head_outputs(self, layer: int, normed: Tensor, pattern: Tensor | None = None) -> Tensor:
+    def _projected(self, layer: int, letter: str, x: Tensor) -> Tensor:
+        weight, bias = self.weights.projection(layer, letter)
+        return x @ weight.T + bias
+
+    def values(self, layer: int, normed: Tensor) -> Tensor:
+        """The values of all key-value heads side by side, (S, K * E)."""
+        return self._projected(layer, "v", normed)
+
+    def head_outputs(self, layer: int, values: Tensor, pattern: Tensor | None = None) -> Tensor:
         """Concatenated head outputs (S, H * E) under a pattern, by default the recorded one."""
         pattern = self.patterns[layer] if pattern is None else pattern
-        return (pattern @ self._heads(layer, "v", normed)).transpose(0, 1).flatten(1)
+        return (pattern @ self._heads(values)).transpose(0, 1).flatten(1)
 
-    def _output(self, layer: int, z: Tensor) -> Tensor:
-        weight, bias = self.weights.projection(layer, "o")
-        return z @ weight.T + bias
+    def output(self, layer: int, z: Tensor) -> Tensor:
+        """What the heads write to the stream."""
+        return self._projected(layer, "o", z)
 
     # --- the linearized model -------------------------------------------------------------------------------------
 
-    def run(self, added: dict[Place, Tensor]) -> Pass:
-        """The linearized model with something added to what is written at some places."""
-        x = self._embedded()
-        if "embedding" in added:
-            x = x + added["embedding"]
-        out = Pass([], [], [], [], [], x)
+    def run(self, added: dict[Place, Tensor], value_patterns: dict[int, Tensor] | None = None) -> Pass:
+        """The linearized model with something added to what is written at some places.
+
+        `value_patterns` are other patterns under which the values of some layers move.
+        """
+        x = self.embedded() + added.get("embedding", 0)
+        out = Pass(added, [], [], [], [], [], [], [], x)
         for layer in range(self.weights.n_layers):
             out.pre.append(x)
-            out.attention_input.append(self._norm(x, "attention", layer))
-            if layer in self.replaced:
-                x = x + self.attention_outputs[layer]
-            else:
-                x = x + self._output(layer, self.head_outputs(layer, out.attention_input[layer]))
-            x = x + added.get(("attention", layer), 0)
+            out.attention_input.append(self.norm(x, "attention", layer))
+            out.attention_scaled.append(self.norm(x, "attention", layer, gain=False))
+            out.values.append(self.values(layer, out.attention_input[layer]))
+            x = x + self._attention(layer, out, (value_patterns or {}).get(layer)) + added.get(("attention", layer), 0)
             out.mid.append(x)
-            out.mid_normed.append(self._norm(x, "mlp", layer))
-            out.mid_scaled.append(self._norm(x, "mlp", layer, gain=False))
-            x = x + self.mlp_outputs[layer]
+            out.mid_normed.append(self.norm(x, "mlp", layer))
+            out.mid_scaled.append(self.norm(x, "mlp", layer, gain=False))
+            x = x + self.outputs["mlp", layer]
             if layer in self.skips and added:
                 x = x + self._skip(layer, out) - self._skip(layer, self.recorded)
             x = x + added.get(("mlp", layer), 0)
+            if layer in self.cuts:
+                x = self.outputs["block", layer] + added.get(("block", layer), 0)
         out.pre.append(x)
-        out.final = self._norm(x, "final", 0)
+        out.final = self.norm(x, "final", 0)
         return out
+
+    def _attention(self, layer: int, out: Pass, pattern: Tensor | None) -> Tensor:
+        """The recorded output, the recorded values moved by the heads, or all of attention live."""
+        if layer in self.replaced:
+            return self.outputs["attention", layer]
+        values = out.values[layer]
+        if layer in self.valued:
+            values = self.outputs["value", layer] + out.added.get(("value", layer), 0)
+        return self.output(layer, self.head_outputs(layer, values, pattern))
 
     @property
     def recorded(self) -> Pass:
@@ -229,22 +222,47 @@ class Reference:
 
     def _read(self, dictionary: Dictionary, out: Pass, pattern: Tensor | None = None) -> Tensor:
         """What a dictionary reads; attention outputs are computed anew from the stream below."""
-        layer = dictionary.layer
-        if dictionary.read.site.name == "resid_mid":
-            return {"full": out.mid_normed, "scale": out.mid_scaled, "none": out.mid}[dictionary.read.norm][layer]
-        z = self.head_outputs(layer, out.attention_input[layer], pattern)
-        return z if dictionary.read.site.name == "z" else self._output(layer, z)
+        layer, norm = dictionary.layer, dictionary.read.norm
+        match dictionary.read.site.name:
+            case "resid_mid":
+                return {"full": out.mid_normed, "scale": out.mid_scaled, "none": out.mid}[norm][layer]
+            case "resid_pre":
+                return {"full": out.attention_input, "scale": out.attention_scaled, "none": out.pre}[norm][layer]
+            case "v":
+                return out.values[layer]
+            case name:
+                z = self.head_outputs(layer, out.values[layer], pattern)
+                return z if name == "z" else self.output(layer, z)
+
+    def _encoded(self, dictionary: Dictionary, out: Pass, pattern: Tensor | None = None) -> Tensor:
+        """Pre-activations (S, F, r) in a pass, moved by its own patterns as recorded or as given."""
+        if isinstance(dictionary.moved_by, OwnAttention):
+            own = self.own_patterns[dictionary.name] if pattern is None else pattern
+            return encoded(dictionary, self._read(dictionary, out), own)
+        return encoded(dictionary, self._read(dictionary, out, pattern))
+
+    def _arrived(self, dictionary: Dictionary, out: Pass, pattern: Tensor | None = None) -> Tensor:
+        """What the base layer's heads and the identity carry to each position, (S, F, r)."""
+        assert isinstance(dictionary.moved_by, HeadLoading)
+        here = self.moved[dictionary.name]
+        if (added := out.added.get(("moved", dictionary.name))) is not None:
+            here = here + added.view_as(here)
+        pattern = with_identity(self.patterns[dictionary.layer]) if pattern is None else pattern
+        return arrived(dictionary.moved_by, here, pattern)
 
     def pre_activation(self, key: Key, out: Pass, pattern: Tensor | None = None) -> Tensor:
-        """A feature's pre-activation in a pass, its attention read under another pattern if one is given."""
-        kind, layer, position, feature = key
-        dictionary = self._owner(kind, layer)
-        read = self._read(dictionary, out, pattern)[position]
-        return dictionary.W_enc[feature].double() @ read + dictionary.b_enc[feature].double()
+        """A feature's pre-activation in a pass, moved there by other patterns than `carriers` if they are given."""
+        kind, _, position, feature = key
+        read = self._arrived if kind == "mtc_query" else self._encoded
+        return self._directions[key] @ read(self.owners[key], out, pattern)[position, feature]
 
-    def _owner(self, kind: str, layer: int) -> Dictionary:
-        names = ("resid_mid",) if kind == "mlp_feature" else ("attn_out", "z")
-        return next(self.reads_of[name, layer] for name in names if (name, layer) in self.reads_of)
+    def carriers(self, key: Key) -> Tensor:
+        """The patterns that bring a node what it reads: the base layer's, identity last, or its dictionary's own."""
+        dictionary = self.owners[key]
+        if isinstance(dictionary.moved_by, OwnAttention):
+            return self.own_patterns[dictionary.name]
+        pattern = self.patterns[dictionary.layer]
+        return with_identity(pattern) if key[0] == "mtc_query" else pattern
 
     # --- nodes ----------------------------------------------------------------------------------------------------
 
@@ -254,41 +272,71 @@ class Reference:
                 position, {"embedding": self.weights.embedding[token]}
             )
         rebuilt: dict[Place, Tensor] = {}
-        for dictionary in self.dictionaries:
-            self._features(dictionary, rebuilt)
+        for dictionary, writes in self.dictionaries.values():
+            self._features(dictionary, self._written(dictionary, writes), rebuilt)
         for layer in range(self.weights.n_layers):
-            self._errors("mlp_error", ("mlp", layer), self.mlp_outputs[layer], rebuilt)
-            if layer in self.replaced:
-                self._errors("attention_error", ("attention", layer), self.attention_outputs[layer], rebuilt)
+            if layer in self.cuts:
+                self._errors("block", layer, rebuilt)
+                continue
+            self._errors("mlp", layer, rebuilt)
+            if layer in self.replaced | self.valued:
+                self._errors("attention" if layer in self.replaced else "value", layer, rebuilt)
 
-    def _features(self, dictionary: Dictionary, rebuilt: dict[Place, Tensor]) -> None:
-        read = self._read(dictionary, self.recorded)
-        pre = read @ dictionary.W_enc.double().T + dictionary.b_enc.double()
-        kind = "mlp_feature" if dictionary.read.site.name == "resid_mid" else "attention_feature"
-        activations = torch.where(_active(dictionary, pre), pre, 0.0)
-        for site in dictionary.writes:
-            place = ("mlp" if site.name == "mlp_out" else "attention", site.layer)
+    def _written(self, dictionary: Dictionary, writes: tuple[Site, ...]) -> dict[Place, tuple[Tensor, Tensor]]:
+        """Place -> decoder rows (F, r, width) and output bias there."""
+        found: dict[Place, tuple[Tensor, Tensor]] = {}
+        names = {"attn_out": "attention", "z": "attention", "v": "value", "mlp_out": "mlp", "resid_post": "block"}
+        for site in writes:
             rows, bias = dictionary.decoders[site].rows.all().double(), dictionary.output_biases[site].double()
             if site.name == "z":
-                weight, output_bias = self.weights.projection(site.layer, "o")
-                rows, bias = rows @ weight.T, bias @ weight.T + output_bias
-            rebuilt[place] = rebuilt.get(place, 0) + activations @ rows + bias
-            for position, feature in activations.nonzero().tolist():
-                if position >= self.first:
-                    key = (kind, dictionary.layer, position, feature)
-                    source = self.sources.setdefault(key, Source(position, {}))
-                    source.writes[place] = activations[position, feature] * rows[feature]
-                    read_again = lambda out, key=key: self.pre_activation(key, out)  # noqa: E731
-                    self.targets[key] = Target(read_again, float(pre[position, feature]))
-        if dictionary.skip is not None:
-            rebuilt["mlp", dictionary.layer] = rebuilt["mlp", dictionary.layer] + self._skip(
-                dictionary.layer, self.recorded
-            )
+                rows, bias = rows @ self.weights.projection(site.layer, "o")[0].T, self.output(site.layer, bias)
+            found[names[site.name], site.layer] = rows.view(-1, dictionary.rank, rows.shape[1]), bias
+        return found
 
-    def _errors(self, kind: str, place: tuple[str, int], output: Tensor, rebuilt: dict[Place, Tensor]) -> None:
-        error = output - rebuilt.get(place, 0)
+    def _features(
+        self, dictionary: Dictionary, written: dict[Place, tuple[Tensor, Tensor]], rebuilt: dict[Place, Tensor]
+    ) -> None:
+        """Nodes of one dictionary, and what it rebuilds; moved features stand twice, key side and query side."""
+        if isinstance(dictionary.moved_by, OwnAttention):
+            read = self._read(dictionary, self.recorded)
+            self.own_patterns[dictionary.name] = own_patterns(dictionary.moved_by, read)
+        pre = self._encoded(dictionary, self.recorded)
+        activations = gated(dictionary, pre)
+        if isinstance(dictionary.moved_by, HeadLoading):
+            activations = self.moved[dictionary.name] = strongest(dictionary.moved_by, activations)
+            n = dictionary.W_enc.shape[0]
+            one_each = torch.eye(n, dtype=torch.float64).view(-1, dictionary.rank, n)
+            self._add_nodes("mtc_key", dictionary, pre, activations, {("moved", dictionary.name): one_each})
+            pre = activations = self._arrived(dictionary, self.recorded)
+        rows = {place: rows for place, (rows, _) in written.items()}
+        self._add_nodes(kind_of(dictionary), dictionary, pre, activations, rows)
+        for place, (decoder, bias) in written.items():
+            rebuilt[place] = rebuilt.get(place, 0) + torch.einsum("sfr,frd->sd", activations, decoder) + bias
+        if dictionary.skip is not None:
+            place = ("mlp", dictionary.layer)
+            rebuilt[place] = rebuilt[place] + self._skip(dictionary.layer, self.recorded)
+
+    def _add_nodes(
+        self, kind: str, dictionary: Dictionary, pre: Tensor, activations: Tensor, rows: dict[Place, Tensor]
+    ) -> None:
+        """A node for each feature that is not zero, except at a special first token."""
+        for position, feature in activations.abs().sum(-1).nonzero().tolist():
+            if position < self.first:
+                continue
+            key = (kind, dictionary.layer, position, feature)
+            assert key not in self.sources, f"two dictionaries have {key}"
+            activation, read = activations[position, feature], pre[position, feature]
+            writes = {place: activation @ decoder[feature] for place, decoder in rows.items()}
+            self.sources[key] = Source(position, writes)
+            self.owners[key] = dictionary
+            self._directions[key] = torch.ones(1).double() if dictionary.rank == 1 else read / read.norm()
+            read_again = lambda out, key=key: self.pre_activation(key, out)  # noqa: E731
+            self.targets[key] = Target(read_again, float(self._directions[key] @ read))
+
+    def _errors(self, name: str, layer: int, rebuilt: dict[Place, Tensor]) -> None:
+        error = self.outputs[name, layer] - rebuilt.get((name, layer), 0)
         for position in range(self.first, len(self.ids)):
-            self.sources[kind, place[1], position, -1] = Source(position, {place: error[position]})
+            self.sources[f"{name}_error", layer, position, -1] = Source(position, {(name, layer): error[position]})
 
     def add_token_target(self, token: int, position: int) -> None:
         """A logit less the mean over the vocabulary."""
@@ -299,40 +347,36 @@ class Reference:
 
     # --- edges ----------------------------------------------------------------------------------------------------
 
+    def nothing(self) -> dict[Place, Tensor]:
+        """Zeros for every place where nodes write."""
+        widths: dict[Place, int] = {"embedding": self.weights.embedding.shape[1]}
+        for source in self.sources.values():
+            widths |= {place: len(vector) for place, vector in source.writes.items()}
+        return {place: torch.zeros(len(self.ids), width, dtype=torch.float64) for place, width in widths.items()}
+
     def adjacency(self, targets: list[Key], sources: list[Key]) -> Tensor:
         """Edge weights (targets, sources), one backward pass a target."""
-        like = self._embedded()
-        places: list[Place] = ["embedding"]
-        places += [(name, layer) for layer in range(self.weights.n_layers) for name in ("attention", "mlp")]
-        added = {place: torch.zeros_like(like, requires_grad=True) for place in places}
+        added = {place: zeros.requires_grad_() for place, zeros in self.nothing().items()}
         out = self.run(added)
+        writers: dict[Place, list[tuple[int, int, Tensor]]] = {place: [] for place in added}
+        for j, key in enumerate(sources):
+            for place, vector in self.sources[key].writes.items():
+                writers[place].append((j, self.sources[key].position, vector))
         rows = torch.zeros(len(targets), len(sources), dtype=torch.float64)
         for i, target in enumerate(targets):
             value = self.targets[target].read(out)
             found = torch.autograd.grad(value, list(added.values()), retain_graph=True, allow_unused=True)
-            covectors = dict(zip(added, found, strict=True))
-            for j, source in enumerate(sources):
-                for place, vector in self.sources[source].writes.items():
-                    if (covector := covectors[place]) is not None:
-                        rows[i, j] += covector[self.sources[source].position] @ vector
+            for place, covector in zip(added, found, strict=True):
+                if covector is not None and writers[place]:
+                    columns, positions, vectors = zip(*writers[place], strict=True)
+                    rows[i, list(columns)] += (covector[list(positions)] * torch.stack(vectors)).sum(-1)
         return rows
 
-    def without(self, sources: Iterable[Key]) -> Pass:
+    def without(self, sources: Iterable[Key], value_patterns: dict[int, Tensor] | None = None) -> Pass:
         """The linearized model with the writes of some nodes taken out."""
-        added: dict[Place, Tensor] = {}
+        added = self.nothing()
         for key in sources:
             source = self.sources[key]
             for place, vector in source.writes.items():
-                added.setdefault(place, torch.zeros_like(self._embedded()))[source.position] -= vector
-        return self.run(added)
-
-
-def _active(dictionary: Dictionary, pre: Tensor) -> Tensor:
-    """Which features are active, (S, F)."""
-    activation = dictionary.activation
-    if activation.kind == "topk":
-        assert activation.k is not None
-        cut = pre.sort(dim=1, descending=True).values[:, activation.k - 1, None]
-        return (pre >= cut) & (pre > 0)
-    threshold = 0.0 if dictionary.threshold is None else dictionary.threshold.double()
-    return pre > threshold
+                added[place][source.position] -= vector
+        return self.run(added, value_patterns)

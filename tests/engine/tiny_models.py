@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from tiny_replacements import Maker, Sizes
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from circuits.graph import Graph
-from circuits.kernels.encode import Activation, ActivationKind
+from circuits.kernels.encode import ActivationKind
 from circuits.linearize import check_replacements
 from circuits.loading import Model
 from circuits.model import BaseModel
-from circuits.replacements import Decoder, Dictionary, ReadSite, Replacement, Site
+from circuits.replacements import Dictionary, Replacement
 from circuits.replacements.sites import Norm
-from circuits.replacements.weights import HeldTensor
 
 N_LAYERS, D_MODEL, N_HEADS, VOCABULARY, BOS = 3, 16, 4, 11, 0
 PROMPT = (BOS, 3, 7, 1, 3, 10)
@@ -29,17 +29,21 @@ class Case:
     """One model with its replacements.
 
     mlp
-        `clt`, `transcoder` or `skip` (a transcoder with a skip connection), in `mlp_layers`; a CLT is in all layers.
+        `clt`, `transcoder`, `skip` (a transcoder with a skip connection) or `type1` (of the weakly causal set), in
+        `mlp_layers`; a CLT is in all layers.
     attention
-        Layer -> the site that its SAE reads and writes, `attn_out` or `z`; the other layers stay frozen.
+        Layer -> the site that its SAE reads and writes, `attn_out` or `z`; layers without a replacement stay frozen.
+    moved
+        Further dictionaries by name and layer, as `tiny_replacements.MOVED_KINDS` has them.
     special
         Whether the prompt's first token is special.
     """
 
     family: Literal["gpt2", "llama"]
-    mlp: Literal["clt", "transcoder", "skip"] = "clt"
+    mlp: Literal["clt", "transcoder", "skip", "type1"] = "clt"
     mlp_layers: tuple[int, ...] = (0, 1, 2)
     attention: dict[int, str] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
     activation: ActivationKind = "relu"
     norm: Norm = "full"
     special: bool = True
@@ -50,10 +54,32 @@ class Case:
     def token_ids(self) -> tuple[int, ...]:
         return PROMPT if self.special else PROMPT[1:]
 
+    def layers_of(self, *kinds: str) -> set[int]:
+        """Layers that have a dictionary of these kinds of `moved`."""
+        found = (name.split(".") for name in self.moved)
+        return {int(layer) for kind, layer in found if kind.startswith(kinds)}
+
+    @property
+    def cut_layers(self) -> set[int]:
+        """Layers whose whole block is replaced."""
+        return self.layers_of("residual")
+
+    @property
+    def value_layers(self) -> set[int]:
+        """Layers whose values are replaced."""
+        return self.layers_of("value")
+
+    @property
+    def frozen_layers(self) -> set[int]:
+        """Layers whose attention passes everything on."""
+        written = set(self.attention) | self.layers_of("type2", "mtc", "lorsa", "own", "value", "residual")
+        spread = self.layers_of("mctc") | {layer + 1 for layer in self.mlp_layers if self.mlp == "type1"}
+        return {layer for layer in range(N_LAYERS) if layer not in written and layer < min(spread, default=N_LAYERS)}
+
 
 ATTN_OUT = {0: "attn_out", 1: "attn_out", 2: "attn_out"}
 Z = {0: "z", 1: "z", 2: "z"}
-CASES = {
+STAYING = {
     "gpt2_clt_attn_out": Case("gpt2", attention=ATTN_OUT),
     "gpt2_clt_z_not_special": Case("gpt2", attention=Z, special=False, activation="jump_relu", seed=1),
     "gpt2_clt_frozen": Case("gpt2", norm="scale", activation="topk", seed=2),
@@ -68,20 +94,70 @@ CASES = {
 }
 
 
+ALL = (0, 1, 2)
+
+
+def everywhere(kind: str) -> tuple[str, ...]:
+    """A kind of `moved` in all layers."""
+    return tuple(f"{kind}.{layer}" for layer in ALL)
+
+
+MOVING = {
+    "gpt2_weakly_causal": Case("gpt2", mlp="type1", moved=everywhere("type2"), seed=30),
+    "llama_weakly_causal_mlp": Case("llama", mlp="type1", moved=everywhere("type2-mlp"), special=False, seed=31),
+    "llama_type1_alone": Case("llama", mlp="type1", mlp_layers=(0, 1), activation="jump_relu", seed=32),
+    "gpt2_mtc": Case("gpt2", moved=everywhere("mtc"), seed=33),
+    "llama_mtc_top4": Case("llama", moved=everywhere("mtc-top4"), activation="jump_relu", special=False, seed=34),
+    "llama_mtc_top4_special": Case("llama", moved=("mtc-top4.0", "mtc-top4.2"), seed=35),
+    "gpt2_mtc_single_skip": Case("gpt2", mlp="skip", moved=("mtc-single.0", "mtc.2"), special=False, seed=36),
+    "gpt2_mctc": Case("gpt2", mlp_layers=(), moved=everywhere("mctc-mlp"), special=False, seed=37),
+    "llama_mctc_clt": Case("llama", moved=everywhere("mctc"), seed=38),
+    "llama_mctc_upper": Case("llama", mlp="transcoder", moved=("mctc.1", "type2.2"), activation="topk", seed=39),
+    "gpt2_residual_middle": Case("gpt2", attention={0: "attn_out", 2: "z"}, moved=("residual.1",), seed=40),
+    "llama_residual_all": Case("llama", mlp_layers=(), moved=everywhere("residual"), special=False, seed=41),
+    "llama_residual_weakly_causal": Case(
+        "llama", mlp="type1", moved=(*everywhere("type2-mlp"), "residual-rank2.1"), seed=42
+    ),
+    "gpt2_residual_mctc": Case("gpt2", moved=("mctc-mlp.0", "residual.1", "mctc.2"), special=False, seed=43),
+    "llama_residual_over_frozen": Case("llama", mlp="skip", moved=("residual.2",), special=False, seed=44),
+    "gpt2_mtc_ranks": Case("gpt2", moved=("mtc-rank2.0", "mtc-rank3-top4.1", "mtc.2", "mtc-second.2"), seed=45),
+    "llama_mtc_ranks": Case("llama", moved=("mtc-rank3-top4.0", "mtc-rank2.2"), special=False, seed=46),
+    "gpt2_value": Case("gpt2", moved=everywhere("value"), seed=47),
+    "llama_value": Case("llama", moved=everywhere("value"), activation="topk", special=False, seed=48),
+    "llama_value_over_frozen": Case("llama", mlp="skip", moved=("value.1",), attention={2: "z"}, seed=49),
+    "llama_lorsa": Case("llama", moved=everywhere("lorsa-rotary"), seed=50),
+    "gpt2_own": Case("gpt2", moved=("lorsa.0", "own.1", "own-rank2.2"), special=False, seed=51),
+    "gpt2_own_over_frozen": Case("gpt2", mlp="transcoder", moved=("own-rank2.1", "lorsa.2"), seed=52),
+    "gpt2_mixed": Case("gpt2", moved=("value.0", "mtc.1"), attention={2: "attn_out"}, special=False, seed=53),
+    "llama_mixed": Case("llama", mlp="skip", moved=("value.0", "mtc-rank2.1", "type2.2"), seed=54),
+    "llama_mixed_frozen": Case("llama", mlp="transcoder", moved=("lorsa.0", "mtc.2"), special=False, seed=55),
+}  # fmt: skip
+CASES = STAYING | MOVING
+
+
 def build(case: Case) -> Model:
     """The model of a case with its replacements, in memory."""
     generator = torch.Generator().manual_seed(case.seed)
     lm = random_lm(case.family, generator).to(case.dtype)
     base = BaseModel(lm, None, f"tiny-{case.family}")
-    maker = Maker(case, generator, d_z=base.shape.n_heads * base.shape.d_head)
+    maker = Maker(sizes_of(lm), generator, case.activation, case.norm)
     replacements = []
     if case.mlp_layers:
-        replacements.append(in_memory("mlp", [maker.mlp(layer) for layer in case.mlp_layers]))
+        replacements.append(in_memory("mlp", [maker.mlp(layer, case.mlp) for layer in case.mlp_layers]))
     if case.attention:
         saes = [maker.attention(layer, site) for layer, site in case.attention.items()]
         replacements.append(in_memory("attention", saes))
+    if case.moved:
+        replacements.append(in_memory("moved", [maker.of(name) for name in case.moved]))
     check_replacements(base, replacements)
     return Model(base, tuple(replacements))
+
+
+def sizes_of(lm: Any) -> Sizes:
+    """The widths of a tiny model's sites."""
+    config = lm.config
+    n_kv = getattr(config, "num_key_value_heads", N_HEADS)
+    return Sizes(N_LAYERS, D_MODEL, N_HEADS, n_kv, getattr(config, "head_dim", D_MODEL // N_HEADS))
 
 
 def random_lm(family: str, generator: torch.Generator) -> nn.Module:
@@ -107,51 +183,6 @@ def random_lm(family: str, generator: torch.Generator) -> nn.Module:
             spread = 0.5 if parameter.ndim == 1 or "embed" in name or "wte" in name or "wpe" in name else 0.35
             parameter.copy_(1 + 0.3 * drawn if is_gain else spread * drawn)
     return lm
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Draws dictionaries for a case."""
-
-    case: Case
-    generator: torch.Generator
-    d_z: int
-    n_features: int = 12
-
-    def mlp(self, layer: int) -> Dictionary:
-        """A CLT layer or a transcoder."""
-        last = N_LAYERS if self.case.mlp == "clt" else layer + 1
-        writes = tuple(Site("mlp_out", later) for later in range(layer, last))
-        skip = self._draw(D_MODEL, D_MODEL, scale=0.3) if self.case.mlp == "skip" else None
-        kind = "clt" if self.case.mlp == "clt" else "transcoder"
-        return self._dictionary(f"{kind}.{layer}", ReadSite(Site("resid_mid", layer), self.case.norm), writes, skip)
-
-    def attention(self, layer: int, site: str) -> Dictionary:
-        """An attention output SAE."""
-        place = Site(site, layer)
-        return self._dictionary(f"attention-sae.{layer}", ReadSite(place, "none"), (place,), None)
-
-    def _dictionary(self, name: str, read: ReadSite, writes: tuple[Site, ...], skip: Tensor | None) -> Dictionary:
-        width = self.d_z if read.site.name == "z" else D_MODEL
-        n = self.n_features
-        kind = self.case.activation
-        threshold = 0.2 + 0.2 * torch.rand(n, generator=self.generator) if kind in ("jump_relu", "batch_topk") else None
-        return Dictionary(
-            name=name,
-            kind=name.split(".")[0],
-            read=read,
-            writes=writes,
-            activation=Activation(kind, k=5 if "topk" in kind else None),
-            W_enc=self._draw(n, width, scale=width**-0.5),
-            b_enc=self._draw(n, scale=0.3),
-            decoders={site: Decoder(HeldTensor(f"{name}>{site}", self._draw(n, width, scale=0.4))) for site in writes},
-            output_biases={site: self._draw(width, scale=0.3) for site in writes},
-            threshold=threshold,
-            skip=skip,
-        )
-
-    def _draw(self, *shape: int, scale: float) -> Tensor:
-        return scale * torch.randn(*shape, generator=self.generator)
 
 
 def in_memory(name: str, dictionaries: list[Dictionary]) -> Replacement:

@@ -1,18 +1,25 @@
-"""A graph small enough to work out by hand.
+"""Two graphs small enough to work out by hand, a plain one and one with every kind of node.
 
     token 0 --(+2)--> feature <--(-2)-- error
     token 1 --(+1)--> feature --(+3)--> logit      token 1 --(-1)--> logit
 
 All in one column of names: 0 token, 1 token, 2 error, 3 feature, 4 logit with weight 0.5.
+
+The other one, of three layers (values; a multitoken transcoder for the whole block; own patterns and an MLP):
+
+    E_10_0 -(+1)-> v0_5_0     E_11_1, v0_5_0, v0_error_0 -(+2, +2, -1)-> k1_7_1     E_10_0 -(+1)-> k1_7_0
+    k1_7_0, k1_7_1 -(+1, +3)-> q1_7_1      E_10_0, q1_7_1 -(-2, +2)-> a2_8_1
+    q1_7_1, r1_error_1, a2_8_1, a2_error_1 -(+1, +1, +1, -1)-> 2_9_1      2_9_1, 2_error_1 -(+3, +1)-> 3_22_1
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from circuits.graph import Edges, Graph, Heads, Nodes, with_influence
+from circuits.graph import IDENTITY_HEAD, OWN_HEAD, Edges, Graph, Heads, Nodes, with_influence
 
 KINDS = ["embedding", "embedding", "attention_error", "attention_feature", "logit"]
 
@@ -58,3 +65,38 @@ def hand_graph(**changes: Any) -> Graph:
         "metadata": {"model": "hand"},
     }
     return with_influence(Graph(**{**parts, **changes}))
+
+
+MIXED_KINDS = [
+    *("embedding", "embedding", "value_feature", "value_error", "mtc_key", "mtc_key", "mtc_query", "block_error"),
+    *("attention_feature", "attention_error", "mlp_feature", "mlp_error", "logit"),
+]
+
+
+def mixed_hand_graph() -> Graph:
+    """The graph with every kind of node, and with identity and own heads."""
+    nodes = hand_nodes(MIXED_KINDS, [-1, -1, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3])
+    is_feature = nodes.is_feature
+    nodes = replace(
+        nodes,
+        dictionary=np.array(["", "", "value.0", "", *["mtc.1"] * 3, "", "lorsa.2", "", "clt.2", "", ""]),
+        position=np.array([0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]),
+        feature=np.array([10, 11, 5, -1, 7, 7, 7, -1, 8, -1, 9, -1, 22]),
+        activation=np.where(is_feature, np.float32(1.5), np.float32(np.nan)),
+    )
+    heads = [
+        *((1, 0, 1, 0, 1, 2.0), (3, 0, 0, 0, 1, -1.0)),
+        *((5, 1, 0, 0, 1, 1.5), (5, 1, 1, 0, 1, -0.5), (6, 1, IDENTITY_HEAD, 1, 1, 2.0), (6, 1, 0, 1, 1, 1.0)),
+        *((7, 2, OWN_HEAD, 0, 1, -2.0), (8, 2, OWN_HEAD, 1, 1, 2.0)),
+    ]
+    return hand_graph(
+        n_layers=3,
+        nodes=nodes,
+        edges=Edges(
+            source=[0, 2, 1, 3, 0, 4, 5, 0, 6, 6, 7, 8, 9, 10, 11],
+            target=[2, 5, 5, 5, 4, 6, 6, 8, 8, 10, 10, 10, 10, 12, 12],
+            weight=np.float32([1, 2, 2, -1, 1, 1, 3, -2, 2, 1, 1, 1, -1, 3, 1]),
+        ),
+        heads=Heads.from_rows(heads),
+        patterns={name: np.float32([[1, 0], [0.5, 0.5]]) for name in ((0, 0), (0, 1), (1, 0), (1, 1))},
+    )

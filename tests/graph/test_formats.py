@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hand_graph import hand_graph, hand_nodes
+from hand_graph import hand_graph, hand_nodes, mixed_hand_graph
 from synthetic import Size, synthetic_graph
 
 from circuits.graph import Edges, Graph, GraphError, Heads
-from circuits.graph.formats.json_file import cantor_pairing
+from circuits.graph.formats.json_file import cantor_pairing, dumps
 
 SUFFIXES = (".json", ".npz", ".dot", ".graphml", ".svg")
 HOSTILE = ("<script>alert(1)</script>", '"quoted"', "line\nbreak", "nul\x00", "🙂", "\\", "]]>", "\ud800", "&amp;", "")
@@ -51,6 +51,9 @@ def hostile_graph() -> Graph:
 
 GRAPHS = {
     "hand": hand_graph,
+    "mixed hand": mixed_hand_graph,
+    "mixed full": lambda: synthetic_graph(Size(9, n_features=40, mixed=True)),
+    "mixed pruned": lambda: synthetic_graph(Size(14, n_features=70, mixed=True)).prune(0.95),
     "full": lambda: synthetic_graph(Size(7, n_features=20)),
     "pruned": lambda: synthetic_graph(Size(20, n_features=90)).prune(),
     "hostile": hostile_graph,
@@ -88,10 +91,11 @@ def test_networkx_attributes() -> None:
         Graph.from_networkx(digraph)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_same_graph_gives_the_same_bytes(suffix: str, tmp_path: Path) -> None:
+def test_the_same_graph_gives_the_same_bytes(suffix: str, mixed: bool, tmp_path: Path) -> None:
     """Also when it was saved and loaded in between."""
-    graph = synthetic_graph(Size(9, n_features=40)).prune()
+    graph = synthetic_graph(Size(9, n_features=40, mixed=mixed)).prune()
     graph.save(tmp_path / f"a{suffix}")
     graph.save(tmp_path / "b.json")
     Graph.load(tmp_path / "b.json").save(tmp_path / f"c{suffix}")
@@ -112,7 +116,7 @@ SCHEMA: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["pruned", "hostile"])
+@pytest.mark.parametrize("name", ["pruned", "hostile", "mixed pruned"])
 def test_json_is_what_viewers_read(name: str, tmp_path: Path) -> None:
     """All keys with their types, unique ids, links between nodes, logits with their probability."""
     graph = GRAPHS[name]()
@@ -136,7 +140,9 @@ def test_json_is_what_viewers_read(name: str, tmp_path: Path) -> None:
     assert crossing
     for link in crossing:
         assert sum(row[4] for row in link["heads"]) == pytest.approx(link["weight"], abs=1e-5)
-    assert set(content["patterns"]) >= {f"{row[0]}.{row[1]}" for link in crossing for row in link["heads"]}
+    assert set(content["patterns"]) == {
+        f"{row[0]}.{row[1]}" for link in crossing for row in link["heads"] if row[1] >= 0
+    }
     assert sum(node["is_target_logit"] for node in content["nodes"]) == 1
 
 
@@ -146,6 +152,54 @@ def test_names_are_unique_when_two_dictionaries_share_a_site() -> None:
     nodes = replace(hand_nodes(kinds, [-1, 0, 0, 2]), feature=np.array([1, 5, 5, 3]))
     graph = hand_graph(nodes=nodes, edges=Edges.empty(), heads=Heads.empty())
     assert graph.node_ids() == ["E_1_0", "0_5_1", "0_5_1_2", "2_3_1"]
+
+
+def test_every_kind_has_its_name_and_its_type() -> None:
+    """Ids that tell the kinds apart, types that the viewers' schema has, and two sides that are one feature there."""
+    content = json.loads(dumps(mixed_hand_graph()))
+    found = {node["node_id"]: node["feature_type"] for node in content["nodes"]}
+    assert found == {
+        "E_10_0": "embedding",
+        "E_11_1": "embedding",
+        "v0_5_0": "lorsa",
+        "v0_error_0": "lorsa error",
+        "k1_7_0": "lorsa",
+        "k1_7_1": "lorsa",
+        "q1_7_1": "lorsa",
+        "r1_error_1": "mlp reconstruction error",
+        "a2_8_1": "lorsa",
+        "a2_error_1": "lorsa error",
+        "2_9_1": "cross layer transcoder",
+        "2_error_1": "mlp reconstruction error",
+        "3_22_1": "logit",
+    }
+    numbers = {node["node_id"]: node["feature"] for node in content["nodes"]}
+    assert numbers["k1_7_0"] == numbers["q1_7_1"] == cantor_pairing(1, 7)
+
+
+def test_special_heads_in_every_format(tmp_path: Path) -> None:
+    """The integer where numbers are kept, with what it means beside it; the name where there is text."""
+    import networkx
+
+    graph = mixed_hand_graph()
+    content = json.loads(dumps(graph))
+    assert content["graph"]["head_names"] == {"-1": "id", "-2": "own"}
+    links = {(link["source"], link["target"]): link.get("heads") for link in content["links"]}
+    assert links["k1_7_1", "q1_7_1"] == [[1, -1, 1, 1, 2.0], [1, 0, 1, 1, 1.0]]
+    digraph = graph.to_networkx()
+    assert digraph.graph["head_names"] == {-1: "id", -2: "own"}
+    assert digraph.edges["q1_7_1", "a2_8_1"]["heads"] == [(2, -2, 1, 1, 2.0)]
+    for suffix in SUFFIXES:
+        graph.save(tmp_path / f"graph{suffix}")
+    with np.load(tmp_path / "graph.npz") as arrays:
+        assert arrays["head"].tolist() == [1, 0, 0, 1, -1, 0, -2, -2]
+        assert not [name for name in arrays if name.startswith("pattern") and "-" in name]
+    edges = networkx.read_graphml(tmp_path / "graph.graphml").edges
+    assert edges["k1_7_1", "q1_7_1"]["heads"] == "L1 id 1→1 +2, L1H0 1→1 +1"
+    dot = (tmp_path / "graph.dot").read_text()
+    assert 'label="L1 id"' in dot
+    assert 'label="L2 own"' in dot
+    assert "H-" not in dot + (tmp_path / "graph.svg").read_text()
 
 
 def test_metadata_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hand_graph import hand_edges, hand_nodes
+from hand_graph import hand_edges, hand_nodes, mixed_hand_graph
 
 from circuits.graph import (
+    ERROR_KINDS,
+    FEATURE_KINDS,
+    ID_PREFIXES,
+    KINDS,
     Edges,
     GraphError,
     Nodes,
@@ -23,10 +27,21 @@ from circuits.graph import (
 
 
 def test_depth_follows_the_model() -> None:
-    """Embeddings, attention, MLP, attention, MLP, logit of a model with two layers."""
+    """Embeddings, attention, MLP, attention, MLP, logit of a model with two layers; then every kind there is."""
     kinds = ["embedding", "attention_error", "mlp_feature", "attention_feature", "mlp_error", "logit"]
     nodes = hand_nodes(kinds, [-1, 0, 0, 1, 1, 2])
-    assert depth(nodes).tolist() == [0, 1, 2, 3, 4, 7]
+    assert depth(nodes).tolist() == [0, 3, 4, 7, 8, 9]
+    assert depth(mixed_hand_graph().nodes).tolist() == [0, 0, 1, 1, 6, 6, 7, 8, 11, 11, 12, 12, 13]
+
+
+def test_kinds_are_listed_from_below() -> None:
+    """In the order of `KINDS` nodes of one layer never go down, and a kind is a feature, an error, or neither."""
+    nodes = hand_nodes(list(KINDS), [-1, *[0] * (len(KINDS) - 2), 2])
+    assert np.all(np.diff(depth(nodes)) >= 0)
+    assert sorted((*FEATURE_KINDS, *ERROR_KINDS, "embedding", "logit")) == sorted(KINDS)
+    assert set(ID_PREFIXES) == set(KINDS)
+    assert (nodes.is_error == np.char.endswith(nodes.kind, "_error")).all()
+    assert not (nodes.is_error & nodes.is_feature).any()
 
 
 def test_influence_of_a_hand_written_graph() -> None:
@@ -44,6 +59,23 @@ def test_scores_of_the_hand_written_graph() -> None:
     nodes, edges = hand_nodes(), hand_edges()
     assert replacement_score(nodes, edges) == pytest.approx(0.7, abs=1e-7)
     assert completeness_score(nodes, edges) == pytest.approx(1 - 0.4 * 0.375 / 1.375, abs=1e-7)
+
+
+def test_influence_and_scores_with_every_kind() -> None:
+    """Errors of values, of attention, of an MLP and of a block hold 0.3336 of the 0.5 that the logit starts with.
+
+    Two features read errors: 2_9_1 (influence 0.375) with a half of its input, k1_7_1 (0.1055) with a fifth; the logit
+    (weight 0.5) with a fourth.
+    """
+    graph = mixed_hand_graph()
+    tokens = [0.12421875, 0.0421875]
+    others = [0.0421875, 0.02109375, 0.03515625, 0.10546875, 0.140625, *[0.09375] * 3, 0.375, 0.125, 0.0]
+    expected = np.array([*tokens, *others])
+    np.testing.assert_allclose(graph.nodes.influence, expected, atol=1e-9)
+    assert replacement_score(graph.nodes, graph.edges) == pytest.approx(sum(tokens) / 0.5, abs=1e-9)
+    unexplained = 0.5 * 0.375 + 0.2 * 0.10546875 + 0.25 * 0.5
+    complete = 1 - unexplained / (expected.sum() + 0.5)
+    assert completeness_score(graph.nodes, graph.edges) == pytest.approx(complete, abs=1e-9)
 
 
 def test_scores_without_influence_are_zero() -> None:

@@ -6,10 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hand_graph import hand_graph, hand_nodes
+from hand_graph import hand_graph, hand_nodes, mixed_hand_graph
 from synthetic import Size, synthetic_graph
 
-from circuits.graph import Edges, Graph, GraphError, edge_scores, keep_nodes, prune_edges, threshold
+from circuits.graph import (
+    IDENTITY_HEAD,
+    OWN_HEAD,
+    Edges,
+    Graph,
+    GraphError,
+    Heads,
+    edge_scores,
+    head_name,
+    keep_nodes,
+    prune_edges,
+    threshold,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +66,20 @@ def test_pruning_the_hand_written_graph() -> None:
     assert pruned.metadata["settings"] == {"node_threshold": 0.6, "edge_threshold": 0.7}
 
 
+def test_pruning_with_every_kind() -> None:
+    """At 0.67 the strongest are 2_9_1, q1_7_1, 2_error_1, E_10_0, k1_7_1: the identity stays, its layer's H1 goes."""
+    pruned = mixed_hand_graph().prune(0.67, 1.0)
+    assert pruned.node_ids() == ["E_10_0", "E_11_1", "k1_7_1", "q1_7_1", "2_9_1", "2_error_1", "3_22_1"]
+    assert list(zip(pruned.heads.head.tolist(), pruned.heads.weight.tolist(), strict=True)) == [(-1, 2.0), (0, 1.0)]
+    assert list(pruned.patterns) == [(1, 0)]
+
+
+def test_a_query_side_goes_with_its_key_sides() -> None:
+    """At 0.39 only q1_7_1 and 2_9_1 are strong enough; nothing that is left feeds them, so they go too."""
+    pruned = mixed_hand_graph().prune(0.39, 1.0)
+    assert pruned.node_ids() == ["E_10_0", "E_11_1", "3_22_1"]
+
+
 def test_dead_ends_go_until_none_is_left() -> None:
     """A chain of features loses its top edge, and so feature after feature goes; the error with them."""
     kinds = ["embedding", "mlp_error", "mlp_feature", "mlp_feature", "logit"]
@@ -72,9 +98,10 @@ def test_a_feature_as_target_stays() -> None:
     assert "a1_13_1" in pruned.node_ids()
 
 
-def test_at_most_so_many_features() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_at_most_so_many_features(mixed: bool) -> None:
     """The strongest stay."""
-    graph = synthetic_graph(Size(12, n_features=50))
+    graph = synthetic_graph(Size(12, n_features=50, mixed=mixed))
     few = graph.prune(0.9, 0.98, max_feature_nodes=7)
     assert np.count_nonzero(few.nodes.is_feature) <= 7
     strongest = np.sort(graph.nodes.influence[graph.nodes.is_feature])[::-1][6]
@@ -85,10 +112,11 @@ def _names(graph: Graph) -> set[str]:
     return set(graph.node_ids())
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_pruning_again_judges_nodes_by_the_full_graph(seed: int) -> None:
+def test_pruning_again_judges_nodes_by_the_full_graph(seed: int, mixed: bool) -> None:
     """Tighter pruning of a pruned graph gives the nodes that pruning at once gives, but for dead ends."""
-    graph = synthetic_graph(Size(20, n_features=120), seed)
+    graph = synthetic_graph(Size(20, n_features=120, mixed=mixed), seed)
     at_once, again = graph.prune(0.5, 1.0), graph.prune(0.8, 1.0).prune(0.5, 1.0)
     assert _names(at_once) == _names(again)
 
@@ -136,12 +164,21 @@ def test_select_numbers_again_and_drops_patterns() -> None:
         ({"edges": Edges([0, 0], [3, 3], np.float32([1, 2]))}, "more than once"),
         ({"edges": Edges([0], [5], np.float32([1]))}, r"Edges.target has 5; expected 0 to 4"),
         ({"patterns": {(0, 1): np.zeros((3, 2))}}, r"patterns\(0, 1\) has shape \(3, 2\)"),
+        ({"patterns": {(1, -1): np.eye(2, dtype=np.float32)}}, "head -1 of layer 1"),
     ],
 )
 def test_parts_must_fit_together(changes: dict[str, object], said: str) -> None:
     """A graph of parts that do not fit is an error that says which."""
     with pytest.raises(GraphError, match=said):
         hand_graph(**changes)
+
+
+def test_heads_have_names() -> None:
+    """The identity and the own pattern have words, and lower numbers mean nothing."""
+    assert [head_name(head) for head in (3, IDENTITY_HEAD, OWN_HEAD)] == ["H3", "id", "own"]
+    assert [head_name(head, layer=2) for head in (3, IDENTITY_HEAD, OWN_HEAD)] == ["L2H3", "L2 id", "L2 own"]
+    with pytest.raises(GraphError, match=r"Heads\.head has -3"):
+        Heads.from_rows([(0, 0, -3, 0, 0, 1.0)])
 
 
 def test_loadings_are_sorted_by_edge() -> None:

@@ -76,7 +76,7 @@ def _run(replacement: Replacement, xs: list[Tensor]) -> dict[Site, Tensor]:
 def test_transcoders(tmp_path: Path, extra: tuple[str, ...]) -> None:
     layers = _transcoders(tmp_path, *extra)
     replacement = load_replacement(tmp_path)
-    replacement.check(L, D, 99)
+    replacement.check(L, D, 99, 99)
     xs = [torch.randn(T, D) for _ in range(L)]
     got = _run(replacement, xs)
     for layer, (x, w) in enumerate(zip(xs, layers, strict=True)):
@@ -225,9 +225,9 @@ def test_replacement_for_another_model(tmp_path: Path) -> None:
     _clt(tmp_path)
     replacement = load_replacement(tmp_path)
     with pytest.raises(ReplacementError, match=r"W_enc_0.*another model.*width 5; .* width 8"):
-        replacement.check(L, 8, 8)
+        replacement.check(L, 8, 8, 8)
     with pytest.raises(ReplacementError, match="layers 0 to 1"):
-        replacement.check(L - 1, D, D)
+        replacement.check(L - 1, D, D, D)
     with pytest.raises(ReplacementError, match=r"width 5, but was given a tensor of shape \(2, 9\)"):
         replacement.dictionaries[0].encode(torch.zeros(2, 9))
 

@@ -19,6 +19,7 @@ from circuits.recording import record
 from circuits.replacements import Dictionary, ReadSite, Replacement, Site, load_replacement
 from circuits.replacements.dictionary import Decoder
 from circuits.replacements.weights import HeldTensor
+from circuits.text import read_documents
 from circuits.tracing import trace
 
 MODEL = next((Path(__file__).parents[1] / "data" / "golden").iterdir()) / "model"
