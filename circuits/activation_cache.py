@@ -43,6 +43,8 @@ class CacheSettings:
         float16, bfloat16 or float32.
     shard_bytes
         About the size of a shard.
+    together
+        Tokens that the model is run on at once.
     process, processes
         Which of how many processes this is; each caches its share of tokens from its share of the documents.
     """
@@ -51,6 +53,7 @@ class CacheSettings:
     tokens: int
     dtype: str = "float16"
     shard_bytes: int = 1 << 28
+    together: int = 8192
     process: int = 0
     processes: int = 1
 
@@ -95,12 +98,17 @@ class ActivationCache:
 
     def require(self, sites: Sites) -> None:
         """Refuse a training that needs other sites."""
-        missing = sorted({str(site) for site in sites} - set(self.manifest["sites"]))
+        missing = sorted({name_of(site) for site in sites} - set(self.manifest["sites"]))
         if missing:
             raise CircuitsError(
                 f"{self.folder}: the cache has {', '.join(self.manifest['sites'])}, "
                 f"but the training needs {', '.join(missing)}; give another folder"
             )
+
+
+def name_of(site: ReadSite | Site | str) -> str:
+    """The name under which a site is cached: a raw read site and the site itself are the same."""
+    return str(site).removesuffix(":none")
 
 
 def fill(
@@ -129,7 +137,7 @@ def fill(
     manifest = FORMAT | {
         "model": {"name": Path(model.name).name, "hash": model.identity},
         "text": documents.describe(),
-        "sites": sorted(str(site) for site in sites),
+        "sites": sorted({name_of(site) for site in sites}),
         "dtype": settings.dtype,
         "processes": settings.processes,
     }
@@ -186,17 +194,18 @@ def _shard(
     model: BaseModel, documents: DocumentSource, sites: Sites, settings: CacheSettings, wanted: int
 ) -> dict[str, Tensor]:
     """The tensors of the next shard: documents until it has its size, or `wanted` tokens."""
-    dtype, pieces, lengths = DTYPES[settings.dtype], {str(site): list[Tensor]() for site in sites}, list[int]()
+    sites = list({name_of(site): site for site in sites}.values())
+    dtype, pieces, lengths = DTYPES[settings.dtype], {name_of(site): list[Tensor]() for site in sites}, list[int]()
     size = 0
     while size < settings.shard_bytes and wanted > 0 and documents.more():
         chosen: list[Document] = []
-        while sum(map(len, chosen)) < 8192 and wanted > 0 and documents.more():
+        while sum(map(len, chosen)) < settings.together and wanted > 0 and documents.more():
             chosen.append(next(documents))
             wanted -= len(chosen[-1]) - 1
-        for group in groups(sorted(chosen, key=len)):
+        for group in groups(sorted(chosen, key=len), settings.together):
             values, mask = run(model, group, sites)
             lengths += [len(document) for document in group]
-            for name, value in values.items():
+            for name, value in ((name_of(site), value) for site, value in values.items()):
                 if name.startswith("pattern."):
                     kept = [value[i, :, :n, :n].flatten() for i, n in enumerate(map(len, group))]
                 else:

@@ -18,7 +18,6 @@ from circuits.settings import TraceSettings
 from circuits.sweep import Sweep, Swept, TargetList
 
 
-
 @dataclass(frozen=True)
 class Traced:
     """One prompt after its sweep."""
@@ -155,9 +154,7 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
             for r in model.replacements
         ],
         "attention": [_attention(linear, layer) for layer in layers],
-        "mlp": [
-            "replaced" if layer in linear.replaced_mlp | linear.replaced_blocks else "error" for layer in layers
-        ],
+        "mlp": ["replaced" if layer in linear.replaced_mlp | linear.replaced_blocks else "error" for layer in layers],
         "settings": {"left_out": 0.0, "unpruned": True}
         if settings.unpruned
         else {"left_out": settings.left_out, **pruning},

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from circuits.activation_cache import ActivationCache, Shard, Sites
+from circuits.activation_cache import ActivationCache, Shard, Sites, name_of
 from circuits.activations import Batch
 from circuits.errors import CircuitsError
 
@@ -41,7 +41,7 @@ class CachedStream(ABC):
 
     def __post_init__(self) -> None:
         self.cache.require(self.sites)
-        self.names = list(dict.fromkeys(str(site) for site in self.sites))
+        self.names = list(dict.fromkeys(name_of(site) for site in self.sites))
         if len(self.cache.shards) < self.processes:
             raise CircuitsError(
                 f"{self.cache.folder}: {len(self.cache.shards)} shards are too few for {self.processes} processes"
@@ -64,7 +64,8 @@ class CachedStream(ABC):
             if empty > len(self.cache.shards):
                 raise CircuitsError(f"{self.cache.folder}: no shard has a whole batch; cache more text")
         self._place += 1
-        return self._batch(self._place - 1)
+        batch = self._batch(self._place - 1)
+        return {name: batch[name] for name in batch if name == "mask"} | {str(s): batch[name_of(s)] for s in self.sites}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""

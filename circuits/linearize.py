@@ -188,7 +188,7 @@ class LinearizedModel:
         return tuple(sorted({2 * layer + 1 for layer in self.frozen_attention} | set(self.skips), reverse=True))
 
     def floor(self, depth: int) -> int:
-        """The depth of the highest cut below a reader of `depth`; 0 where there is none. Writes below do not reach it."""
+        """The depth of the highest cut below a reader of `depth`, 0 without one: no write below the cut reaches it."""
         return max((2 * layer + 2 for layer in self.replaced_blocks if 2 * layer + 2 < depth), default=0)
 
     def passed(self, depth: int) -> list[int]:
@@ -313,5 +313,5 @@ def _check_sites(dictionary: Dictionary) -> None:
         fits = site.name in known.get(read.site.name, ())
         if not fits or write_depth(site) < read_depth(read.site.name, read.site.layer):
             raise CircuitsError(
-                f"{dictionary.source}: {dictionary.name} reads {read} and writes {site}, which is not supported in a trace"
+                f"{dictionary.source}: {dictionary.name} reads {read} and writes {site}; it is for analysis, not for a trace"
             )

@@ -29,8 +29,8 @@ class Write:
 class Carried:
     """Features that the base layer's heads move, by dictionary: the key side, and what is no node on it.
 
-    `nodes` (m,) are the key-side nodes, `positions`, `features` (m,) and `values` (m, r) what they send. `hidden` is the
-    same for the special first position, without nodes.
+    `nodes` (m,) are the key-side nodes, `positions`, `features` (m,) and `values` (m, r) what they send. `hidden` is
+    the same for the special first position, without nodes.
     """
 
     nodes: Tensor
@@ -276,7 +276,9 @@ def _carried(active: Active, number: np.ndarray, hidden: Active | None) -> Carri
 
 
 def _directions(blocks: Sequence[_Block], numbers: Sequence[np.ndarray], n_nodes: int) -> Tensor | None:
-    found = [(b.active.directions, at) for b, at in zip(blocks, numbers, strict=True) if b.active.directions is not None]
+    found = [
+        (b.active.directions, at) for b, at in zip(blocks, numbers, strict=True) if b.active.directions is not None
+    ]
     if not found:
         return None
     widest = max(directions.shape[1] for directions, _ in found)

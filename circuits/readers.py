@@ -44,9 +44,7 @@ def feature_targets(linear: LinearizedModel, table: NodeTable, index: int, nodes
     return _plain_reader(linear, index, plain, readers, constants)
 
 
-def _plain_reader(
-    linear: LinearizedModel, index: int, plain: Targets, readers: Tensor, constants: Tensor
-) -> Targets:
+def _plain_reader(linear: LinearizedModel, index: int, plain: Targets, readers: Tensor, constants: Tensor) -> Targets:
     """Readers (B, d_read) at the node's own position: of the stream, of an attention output, or of values."""
     read, layer = linear.dictionaries[index].read, plain.attention_layer
     attention = linear.attention[layer]

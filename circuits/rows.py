@@ -110,7 +110,9 @@ class Rows:
         """Row blocks that together hold every target once, in the order of their positions."""
         targets = targets.take(torch.argsort(targets.positions, stable=True))
         local = targets.heads is None and targets.keys is None and not self.linear.passed(targets.depth)
-        compute = self._carried_block if targets.carried is not None else self._local_block if local else self._spread_block
+        compute = (
+            self._carried_block if targets.carried is not None else self._local_block if local else self._spread_block
+        )
         start = 0
         while start < len(targets):
             position = int(targets.positions[start])

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from circuits.kernels.encode import Activation
 from circuits.replacements.attention_layer_heads import AttentionLayerSettings, OwnHeads
 from circuits.replacements.attention_layer_penalty import pattern_spread, simplicity, written_norms
+from circuits.replacements.attention_layer_start import CAPTURES, begin_as_base, turned_back
 from circuits.replacements.dictionary import Decoder, Dictionary
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.movement import OwnAttention
@@ -58,7 +59,6 @@ class AttentionReplacementLayer(nn.Module):
     """
 
     in_context = True
-    extra: tuple[str, ...] = ()
     in_mean: Tensor
     in_scale: Tensor
     out_scale: Tensor
@@ -72,6 +72,8 @@ class AttentionReplacementLayer(nn.Module):
         self.settings, self.d_model, n = settings, d_model, len(layers)
         self.reads = tuple(ReadSite(Site("resid_pre", layer), "full") for layer in layers)
         self.writes = tuple(Site("attn_out", layer) for layer in layers)
+        captures = CAPTURES if settings.start == "base" else ()
+        self.extra = tuple(f"{name}.{layer}" for layer in layers for name in captures)
         self.names = tuple(f"{settings.kind}.{layer}" for layer in layers)
         random = torch.Generator().manual_seed(settings.seed)
         self.heads = nn.ModuleList(OwnHeads(d_model, settings, random) for _ in layers)
@@ -87,8 +89,8 @@ class AttentionReplacementLayer(nn.Module):
     def calibrate(self, batches: list[Batch]) -> None:
         """Set scales, output biases and first decoders from the first batches.
 
-        A decoder row begins as the regression of t on its own z, all of them times the one number that makes their sum
-        fit best.
+        With start `base` the heads are set from the base layer's. Otherwise a decoder row begins as the regression of t
+        on its own z. Then all decoders are multiplied by the one number that makes their sum fit best.
         """
         for i, (read, site) in enumerate(zip(self.reads, self.writes, strict=True)):
             x = torch.cat([self._held(batch, str(read))[scored(batch)] for batch in batches])
@@ -99,12 +101,36 @@ class AttentionReplacementLayer(nn.Module):
             t, heads = y / self.out_scale[i], self._heads(i)
             self.out_norm[i] = (t - t.mean(0)).square().sum(1).mean().sqrt()
             heads.b_dec.copy_(t.mean(0))
+            if self.settings.start == "base":
+                self._begin_as_base(i, batches, t)
             inputs = [(self._input(batch, i), scored(batch)) for batch in batches]
             z = torch.cat([heads.moved(u, heads.patterns(u))[rows] for u, rows in inputs])
-            t, z = t - t.mean(0), z - z.mean(0)
-            heads.W_dec.copy_(z.T @ t / z.square().sum(0).clamp(min=1e-8).unsqueeze(1))
+            if self.settings.activation != "identity":  # gates open at what is above the mean
+                heads.b_enc.sub_(z.mean(0))
+                z = z - z.mean(0)
+            if self.settings.start == "random":
+                centred = z - z.mean(0)
+                heads.W_dec.copy_(centred.T @ t / centred.square().sum(0).clamp(min=1e-8).unsqueeze(1))
             fit = self._activate(z, i)[0] @ heads.W_dec
-            heads.W_dec.mul_((fit * t).sum() / fit.square().sum().clamp(min=1e-8))
+            mean, t = fit.mean(0), t - t.mean(0)
+            factor = ((fit - mean) * t).sum() / (fit - mean).square().sum().clamp(min=1e-8)
+            heads.W_dec.mul_(factor)
+            heads.b_dec.sub_(mean * factor)
+
+    def _begin_as_base(self, i: int, batches: list[Batch], t: Tensor) -> None:
+        held: dict[str, Tensor] = {}
+        for name in CAPTURES:
+            key = f"{name}.{self.writes[i].layer}"
+            if any(key not in batch for batch in batches):
+                raise ReplacementError(
+                    f"start 'base' needs {key!r} in the batches; capture what the module has in `extra`"
+                )
+            theta = self.settings.rotary_theta if name in "qk" else None
+            parts = [turned_back(batch[key], self.settings.qk_rank, theta)[scored(batch)] for batch in batches]
+            held[name] = torch.cat(parts)
+        u = torch.cat([self._input(batch, i)[scored(batch)] for batch in batches])
+        random = torch.Generator().manual_seed(self.settings.seed + 1)
+        begin_as_base(self._heads(i), u, t, held, random)
 
     def begin_step(self, progress: float) -> None:
         """Tell how far the training is, 0 to 1; the penalties rise linearly over its first half."""

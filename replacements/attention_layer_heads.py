@@ -14,6 +14,7 @@ from circuits.replacements.errors import ReplacementError
 from circuits.replacements.movement import rotate
 
 ACTIVATIONS = ("identity", "topk", "batch_topk")
+STARTS = ("random", "base")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class AttentionLayerSettings:
         Weight of `1 - sum_s A^2` of each head's pattern rows, weighted by the norm of what the head writes there as a
         share of the outputs' root mean square norm. That share has no gradient, so patterns get sharper, heads no
         smaller.
+    start
+        `random`: heads of random directions. `base`: copies of the base layer's heads with their OV cut among them, as
+        `attention_layer_start.py` says; needs `qk_rank` the base model's head width, `groups` (or heads) a multiple of
+        its heads, and the captures that the module names in `extra`. Far faster.
     dead_after
         A head that has not fired in this many scored positions is dead. An identity head fires where it writes more
         than 1 % of the outputs' root mean square norm.
@@ -61,6 +66,7 @@ class AttentionLayerSettings:
     penalty: float = 1e-4
     beta: float = 0.75
     pattern_sparsity: float = 0.0
+    start: str = "random"
     dead_after: int = 250_000
     aux_k: int = 32
     aux_weight: float = 1 / 32
@@ -73,6 +79,7 @@ class AttentionLayerSettings:
 
         activation, groups = self.activation, self.n_patterns
         require(activation in ACTIVATIONS, f"cannot train activation {activation!r}; choose {', '.join(ACTIVATIONS)}")
+        require(self.start in STARTS, f"unknown start {self.start!r}; choose {' or '.join(STARTS)}")
         sizes = (self.n_heads, self.qk_rank, self.ov_rank, groups)
         require(min(sizes) >= 1, f"heads, qk_rank, ov_rank and groups are {sizes}; each must be at least 1")
         require(self.n_heads % groups == 0, f"{groups} groups do not divide {self.n_heads} heads; choose a divisor")

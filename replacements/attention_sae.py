@@ -1,4 +1,8 @@
-"""Attention output SAEs (Kissane et al. 2024, *Interpreting attention layer outputs with sparse autoencoders*)."""
+"""Attention output SAEs (Kissane et al. 2024, *Interpreting attention layer outputs with sparse autoencoders*).
+
+The same on the residual stream, for the comparison that *Progress on Attention*, "QK/OV Coupling", makes: features of
+an SAE moved through attention heads.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -37,3 +41,23 @@ class AttentionSAE(Coder):
             for layer in layers
         )
         super().__init__(layouts, width, width, settings)
+
+
+class ResidualSAE(Coder):
+    """Sparse autoencoders on the stream below one or several layers, trained side by side; for analysis only.
+
+        a_l         = activation(W_enc_l resid_pre.l + b_enc_l)
+        resid_pre.l ~ b_dec_l + W_dec_l^T a_l
+
+    Example
+    -------
+    >>> [str(read) for read in ResidualSAE([1], 16, CoderSettings(n_features=64, k=4)).reads]
+    ['resid_pre.1:none']
+    """
+
+    def __init__(self, layers: Sequence[int], d_model: int, settings: CoderSettings) -> None:
+        sites = [Site("resid_pre", layer) for layer in layers]
+        layouts = tuple(
+            Layout(f"residual-sae.{site.layer}", "residual-sae", ReadSite(site, "none"), (site,)) for site in sites
+        )
+        super().__init__(layouts, d_model, d_model, settings)

@@ -152,9 +152,9 @@ class Coder(nn.Module):
     def calibrate(self, batches: list[Batch]) -> None:
         """Set scales, output biases and first decoders from the first batches.
 
-        A feature's first decoder to each layout's own (first) write site is half of what the least-squares map from
-        u to t makes of its encoder row: the encoder's transpose for an SAE, a linear model of the MLP for a CLT.
-        Decoders to later sites begin at zero.
+        A feature's first decoder to each layout's first write site, and to those that it reads, is half of what the
+        least-squares map from u to t makes of its encoder row: the encoder's transpose for an SAE, a linear model of
+        the MLP for a CLT. Decoders to all other sites begin at zero.
         """
         for place, site in enumerate(self.writes):
             y = torch.cat([target(batch, site) for batch in batches])
@@ -166,11 +166,12 @@ class Coder(nn.Module):
             self.in_mean[i] = x.mean(0)
             self.in_scale[i] = (x - x.mean(0)).square().mean().sqrt().clamp(min=1e-8)
             u = (x - self.in_mean[i]) / self.in_scale[i]
-            own = self.writes.index(layout.writes[0])
-            t = torch.cat([self._target(batch, own) for batch in batches]) - self.b_dec[own]
             ridge = 1e-3 * len(u) * torch.eye(self.d_read, device=u.device)
-            linear_map = torch.linalg.solve(u.T @ u + ridge, u.T @ t)
-            self._decoders(i)[0].copy_(0.5 * self.W_enc[i] @ linear_map)
+            for site, W_dec in zip(layout.writes, self._decoders(i), strict=True):
+                if site == layout.writes[0] or site in layout.read.sites:
+                    own = self.writes.index(site)
+                    t = torch.cat([self._target(batch, own) for batch in batches]) - self.b_dec[own]
+                    W_dec.copy_(0.5 * self.W_enc[i] @ torch.linalg.solve(u.T @ u + ridge, u.T @ t))
             if self.settings.activation == "jump_relu":
                 pre = (u[:: max(1, len(u) // 512)] @ self.W_enc[i].T).view(-1)
                 share = min(0.5, self.settings.jump.initial_l0 / self.settings.n_features)

@@ -8,11 +8,11 @@ a layer and predicts what attention (or the whole layer) puts out over the full 
     P_f     = sum_h alpha_fh A_lh + alpha_f,id I                "the head loading vector"
     y[p]    = b_dec + sum_f D_f sum_s P_f[p, s] a_f[s]          "a decoder on the destination position"
     loss    = sum over write sites of mean (y - y^)^2 / scale^2
-            + sparsity sum_f |a_f| |alpha_f| |D_f|              L1, weighted so that scale cannot hide in loading or decoder
+            + sparsity sum_f |a_f| |alpha_f| |D_f|              L1; scale cannot hide in loading or decoder
             + negative sum_f relu(-(E_f u + b_f))               "a different L1 penalty on the negative pre-activations"
 
 One module has them all: one head for each feature (`heads="one"`), decoders to later layers (MCTC: more write sites),
-features of higher rank (`ranks`), and an encoder that is trained as an SAE instead (`joint`). "For performance reasons we
+features of higher rank (`ranks`), an encoder that is trained as an SAE instead (`joint`). "For performance reasons we
 only move the top-k features produced by the encoder on any given context, sorting by the summed activation across the
 context": `context_k`.
 
@@ -20,114 +20,19 @@ Letters of shapes: C contexts, S positions, T real tokens, F features, r rank, R
 entries, K features moved.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from circuits.kernels.encode import Activation, ActivationKind
+from circuits.kernels.encode import Activation
 from circuits.replacements.coder import Batch, target
 from circuits.replacements.dictionary import Decoder, Dictionary
-from circuits.replacements.errors import ReplacementError
 from circuits.replacements.movement import HeadLoading
-from circuits.replacements.sites import ReadSite, Site
+from circuits.replacements.multitoken_settings import MultiTokenLayout, MultiTokenSettings
+from circuits.replacements.sites import Site
 from circuits.replacements.sparse import Pattern, decode_at, encode_at
 from circuits.replacements.sparsity import choose_above, choose_candidates, choose_topk, largest
 from circuits.replacements.weights import HeldTensor
-
-ACTIVATIONS = ("relu", "topk", "batch_topk", "group_soft")
-
-
-@dataclass(frozen=True)
-class MultiTokenSettings:
-    """How multitoken transcoders are built.
-
-    n_features
-        F of each layer, shared out over `ranks`.
-    activation, k
-        `relu` is the note's; its L0 follows from `sparsity`. `topk` and `batch_topk` have k active features a source
-        token. `group_soft` is for features of higher rank: the vector `E_f u + b_f` loses a learned length.
-    context_k
-        Features that move in one context at most.
-    heads
-        `all`: any mixture. `one`: "a Top-1 selection on top of the head loading vector", the largest in size.
-    identity
-        Whether the identity is among the heads.
-    sparsity, negative
-        Weights of the two penalties of the loss; `negative` looks at `penalty_tokens` tokens of each batch.
-    ranks
-        Blocks of features as (rank, share of `n_features`); each is a dictionary of its own.
-    joint
-        The encoder is trained as an SAE of u, with a decoder of its own, and what moves is trained on activations that
-        carry no gradient ("the MTC training in this case detaches gradients on the encoder"). No parameter is in both
-        losses, so a step on their sum is one SAE step and one MTC step on the same examples.
-    dead_after
-        A feature that has not fired in this many tokens is dead; dead features of `topk` and `batch_topk` are lifted
-        towards their threshold with weight `lift`.
-    """
-
-    n_features: int
-    activation: ActivationKind = "batch_topk"
-    k: int = 18
-    context_k: int = 768
-    heads: Literal["all", "one"] = "all"
-    identity: bool = True
-    sparsity: float = 0.0
-    negative: float = 0.0
-    ranks: tuple[tuple[int, float], ...] = ((1, 1.0),)
-    joint: bool = False
-    dead_after: int = 250_000
-    lift: float = 1e-4
-    penalty_tokens: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ReplacementError(f"cannot train activation {self.activation!r}; choose {', '.join(ACTIVATIONS)}")
-        if not 0 < self.k <= self.n_features:
-            raise ReplacementError(f"k is {self.k} with {self.n_features} features; choose 1 <= k <= features")
-        if self.context_k < 1:
-            raise ReplacementError(f"context_k is {self.context_k}; at least one feature of a context has to move")
-        if any(rank < 1 or share <= 0 for rank, share in self.ranks):
-            raise ReplacementError(f"ranks are {self.ranks}; expected pairs of a rank from 1 on and a share above 0")
-        if any(rank > 1 for rank, _ in self.ranks) and self.activation != "group_soft":
-            raise ReplacementError(f"features of rank above 1 need activation 'group_soft', not {self.activation!r}")
-
-    def blocks(self) -> list[tuple[int, int]]:
-        """(rank, features) of each block."""
-        total = sum(share for _, share in self.ranks)
-        return [(rank, max(1, round(self.n_features * share / total))) for rank, share in self.ranks]
-
-
-@dataclass(frozen=True)
-class MultiTokenLayout:
-    """One dictionary before it has weights: its name, layer, rank, number of features, and write sites."""
-
-    name: str
-    layer: int
-    rank: int
-    n_features: int
-    writes: tuple[Site, ...]
-
-    @property
-    def read(self) -> ReadSite:
-        return ReadSite(Site("resid_pre", self.layer), "full")
-
-
-def write_sites(
-    layer: int, n_layers: int, target_site: Literal["attention", "residual"], *, later: bool, mlp: bool
-) -> tuple[Site, ...]:
-    """Write sites of an MTC: attention output or stream after the layer; with `later` (MCTC) attention outputs of all
-    later layers too, and with `mlp` the MLP outputs of this and all later ones."""
-    if target_site == "residual":
-        if later or mlp:
-            raise ReplacementError("a residual-target MTC stands for its whole block and writes nowhere else")
-        return (Site("resid_post", layer),)
-    last = n_layers if later else layer + 1
-    attention = tuple(Site("attn_out", at) for at in range(layer, last))
-    return attention + (tuple(Site("mlp_out", at) for at in range(layer, last)) if mlp else ())
 
 
 class MultiTokenTranscoder(nn.Module):
@@ -168,7 +73,9 @@ class MultiTokenTranscoder(nn.Module):
         self.settings, self.kind, self.n_heads = settings, kind, n_heads
         blocks = settings.blocks()
         self.layouts = tuple(
-            MultiTokenLayout(f"{kind}.{layer}" + (f".rank{rank}" if len(blocks) > 1 else ""), layer, rank, count, writes)
+            MultiTokenLayout(
+                f"{kind}.{layer}" + (f".rank{rank}" if len(blocks) > 1 else ""), layer, rank, count, writes
+            )
             for layer, writes in layers
             for rank, count in blocks
         )
@@ -357,7 +264,7 @@ class MultiTokenTranscoder(nn.Module):
         return error.square().mean(), float(error.detach().square().sum() / spread)
 
     def _moved(self, i: int, batch: Batch, entries: Pattern, values: Tensor) -> tuple[list[Tensor], float]:
-        """What dictionary i writes to each of its sites, (C, S, D') each, and the features a context moves on average."""
+        """What dictionary i writes to each of its sites, (C, S, D') each; and the mean number of features moved."""
         layout, mask = self.layouts[i], batch["mask"]
         context, position = (index[entries.rows] for index in mask.nonzero(as_tuple=True))
         slots, moved, slot_of = self._slots(layout, context, entries.features, values.detach(), len(mask))

@@ -132,7 +132,7 @@ def _movement(tensors: Tensors, entry: dict[str, Any], n_features: int, d_read: 
             scale=float(moved["scale"]),
             rotary_theta=None if theta is None else float(theta),
         )
-    raise ReplacementError(f"{tensors.path}: unknown movement {moved['kind']!r}; expected head-loading or own-attention")
+    raise ReplacementError(f"{tensors.path}: unknown movement {moved['kind']!r}; expected head-loading, own-attention")
 
 
 def _activation(path: Path, entry: dict[str, Any]) -> Activation:

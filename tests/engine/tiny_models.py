@@ -35,6 +35,8 @@ class Case:
         Layer -> the site that its SAE reads and writes, `attn_out` or `z`; layers without a replacement stay frozen.
     moved
         Further dictionaries by name and layer, as `tiny_replacements.MOVED_KINDS` has them.
+    together
+        Whether all are one replacement: those of two may not write to the same site.
     special
         Whether the prompt's first token is special.
     """
@@ -44,6 +46,7 @@ class Case:
     mlp_layers: tuple[int, ...] = (0, 1, 2)
     attention: dict[int, str] = field(default_factory=dict)
     moved: tuple[str, ...] = ()
+    together: bool = False
     activation: ActivationKind = "relu"
     norm: Norm = "full"
     special: bool = True
@@ -103,8 +106,10 @@ def everywhere(kind: str) -> tuple[str, ...]:
 
 
 MOVING = {
-    "gpt2_weakly_causal": Case("gpt2", mlp="type1", moved=everywhere("type2"), seed=30),
-    "llama_weakly_causal_mlp": Case("llama", mlp="type1", moved=everywhere("type2-mlp"), special=False, seed=31),
+    "gpt2_weakly_causal": Case("gpt2", mlp="type1", moved=everywhere("type2"), together=True, seed=30),
+    "llama_weakly_causal_mlp": Case(
+        "llama", mlp="type1", moved=everywhere("type2-mlp"), together=True, special=False, seed=31
+    ),
     "llama_type1_alone": Case("llama", mlp="type1", mlp_layers=(0, 1), activation="jump_relu", seed=32),
     "gpt2_mtc": Case("gpt2", moved=everywhere("mtc"), seed=33),
     "llama_mtc_top4": Case("llama", moved=everywhere("mtc-top4"), activation="jump_relu", special=False, seed=34),
@@ -116,9 +121,11 @@ MOVING = {
     "gpt2_residual_middle": Case("gpt2", attention={0: "attn_out", 2: "z"}, moved=("residual.1",), seed=40),
     "llama_residual_all": Case("llama", mlp_layers=(), moved=everywhere("residual"), special=False, seed=41),
     "llama_residual_weakly_causal": Case(
-        "llama", mlp="type1", moved=(*everywhere("type2-mlp"), "residual-rank2.1"), seed=42
+        "llama", mlp="type1", moved=(*everywhere("type2-mlp"), "residual-rank2.1"), together=True, seed=42
     ),
-    "gpt2_residual_mctc": Case("gpt2", moved=("mctc-mlp.0", "residual.1", "mctc.2"), special=False, seed=43),
+    "gpt2_residual_mctc": Case(
+        "gpt2", moved=("mctc-mlp.0", "residual.1", "mctc.2"), together=True, special=False, seed=43
+    ),
     "llama_residual_over_frozen": Case("llama", mlp="skip", moved=("residual.2",), special=False, seed=44),
     "gpt2_mtc_ranks": Case("gpt2", moved=("mtc-rank2.0", "mtc-rank3-top4.1", "mtc.2", "mtc-second.2"), seed=45),
     "llama_mtc_ranks": Case("llama", moved=("mtc-rank3-top4.0", "mtc-rank2.2"), special=False, seed=46),
@@ -149,6 +156,8 @@ def build(case: Case) -> Model:
         replacements.append(in_memory("attention", saes))
     if case.moved:
         replacements.append(in_memory("moved", [maker.of(name) for name in case.moved]))
+    if case.together:
+        replacements = [in_memory("all", [d for replacement in replacements for d in replacement.dictionaries])]
     check_replacements(base, replacements)
     return Model(base, tuple(replacements))
 

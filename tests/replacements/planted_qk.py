@@ -52,8 +52,12 @@ def plain_dictionary(dictionary: QKDictionary, q: Tensor, k: Tensor) -> tuple[Te
     for h in of.heads:
         if h // group not in key_heads:
             key_heads.append(h // group)
-    u = plain_activations(dictionary.queries, torch.cat([q[:, h * E : h * E + E] for h in of.heads], 1), dictionary.choice)
-    v = plain_activations(dictionary.keys, torch.cat([k[:, h * E : h * E + E] for h in key_heads], 1), dictionary.choice)
+    u = plain_activations(
+        dictionary.queries, torch.cat([q[:, h * E : h * E + E] for h in of.heads], 1), dictionary.choice
+    )
+    v = plain_activations(
+        dictionary.keys, torch.cat([k[:, h * E : h * E + E] for h in key_heads], 1), dictionary.choice
+    )
     scores = torch.zeros(len(of.heads), S, S, dtype=torch.float64)
     pattern = torch.zeros_like(scores)
     for h in range(len(of.heads)):
@@ -93,12 +97,13 @@ def contexts(lengths: list[int], n_heads: int, n_kv_heads: int, d_head: int, lay
 class PlantedQK:
     """Batches of one head whose queries and keys are sparse sums of the same `planted` nearly orthogonal directions.
 
-    A key is attended where it shares a direction with the query: `score = 9 sum_i a_i[p] b_i[s]`, and a little more, as
-    the directions are more than the head is wide.
+    A key is attended where it shares a direction with the query: q . k is `9 sum_i a_i[p] b_i[s]`, but for what directions
+    that are more than the head is wide have in common.
     """
 
-    def __init__(self, planted: int = 24, width: int = 16, n: int = 24, length: int = 24) -> None:
+    def __init__(self, planted: int = 24, width: int = 16, n: int = 24, length: int = 24, active: float = 1.5) -> None:
         self.planted, self.n, self.length, self.made = planted, n, length, 0
+        self.active = active
         start = torch.randn(planted, width, generator=torch.Generator().manual_seed(1))
         self.directions = nearly_orthogonal(start)
 
@@ -109,7 +114,7 @@ class PlantedQK:
         random = torch.Generator().manual_seed(1000 + self.made)
         self.made += 1
         shape = (2, self.n, self.length, self.planted)
-        on = torch.rand(shape, generator=random) < 1.5 / self.planted
+        on = torch.rand(shape, generator=random) < self.active / self.planted
         q, k = 3.0 * (on * (1 + 0.3 * torch.rand(shape, generator=random))) @ self.directions
         future = torch.ones(self.length, self.length, dtype=torch.bool).triu(1)
         pattern = (q @ k.transpose(1, 2)).masked_fill(future, -torch.inf).softmax(-1)
@@ -147,5 +152,3 @@ def fit(module: QKDiagonalization, batches: PlantedQK, steps: int, lr: float = 1
         optimizer.step()
         optimizer.zero_grad()
     return figures
-
-

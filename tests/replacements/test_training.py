@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from circuits.kernels.decode import gather_decode
 from circuits.replacements.attention_sae import AttentionSAE
+from circuits.replacements.checkpoints import read_log
 from circuits.replacements.clt import CrossLayerTranscoder
 from circuits.replacements.coder import Coder, CoderSettings, JumpSettings
 from circuits.replacements.dictionary import Replacement, load_replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats import native
 from circuits.replacements.sites import Site
-from circuits.replacements.training import TrainingSettings, train
+from circuits.replacements.training import Reports, TrainingSettings, train
 
 D, PLANTED, LAYERS = 16, 24, 2
 
@@ -96,15 +98,38 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path, activation: s
     settings = TrainingSettings(steps=60, warmup=5, checkpoint_every=20)
     whole, killed, resumed = _clt(activation), _clt(activation), _clt(activation)
     train(whole, Planted(), settings, tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    unfinished = tmp_path / "killed" / ".checkpoint.safetensors.1"  # left by a process killed while writing
+    unfinished.touch()
     with pytest.raises(KeyboardInterrupt):
         train(killed, Planted(kill_at=37), settings, tmp_path / "killed")
     torch.manual_seed(99)
     train(resumed, Planted(), settings, tmp_path / "killed")
+    assert not unfinished.exists()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     again, batches = _clt(activation), Planted(kill_at=0)
     train(again, batches, settings, tmp_path / "whole")  # finished: nothing left to do
     assert torch.equal(again.W_enc[0], whole.W_enc[0])
+
+
+def test_log_has_every_step_once_and_is_cut_where_the_checkpoint_is(tmp_path: Path) -> None:
+    """Also where the last line was cut off by the kill; the curve is that of a training that was not stopped."""
+    settings = TrainingSettings(steps=60, warmup=5, checkpoint_every=20, figures_every=3)
+    train(_clt(), Planted(), settings, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(_clt(), Planted(kill_at=57), settings, tmp_path / "killed")
+    assert [line["step"] for line in read_log(tmp_path / "killed")] == list(range(3, 52, 3))
+    with (tmp_path / "killed" / "log.jsonl").open("a") as file:
+        file.write('{"step": 54, "lo')
+    done: list[tuple[int, int]] = []
+    reports = Reports(step=lambda step, steps: done.append((step, steps)))
+    train(_clt(), Planted(), settings, tmp_path / "killed", reports)
+    whole, killed = read_log(tmp_path / "whole"), read_log(tmp_path / "killed")
+    assert [line["step"] for line in whole] == [*range(3, 60, 3), 60]
+    assert whole == killed
+    assert {"loss", "lr", "gradient_norm", "nmse/mlp_out.0"} <= set(whole[0])
+    assert done == [(step, 60) for step in range(40, 61)]  # once before the first step of this process
 
 
 def test_resume_refuses_other_settings_and_modules(tmp_path: Path) -> None:
@@ -116,6 +141,82 @@ def test_resume_refuses_other_settings_and_modules(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.safetensors").write_bytes(b"damaged")
     with pytest.raises(ReplacementError, match="no checkpoint"):
         train(_clt(), Planted(), TrainingSettings(steps=3), tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["batch_topk", "topk", "jump_relu"])
+def test_bfloat16_keeps_master_weights_and_learns(tmp_path: Path, activation: str) -> None:
+    """Parameters, Adam's moments and gradients are float32; the loss is near float32's, and falls as far."""
+    last, curves = {}, {}
+    for precision in ("float32", "bfloat16"):
+        clt = _clt(activation)
+        settings = TrainingSettings(
+            steps=250,
+            lr=4e-3,
+            warmup=20,
+            figures_every=10,
+            precision=precision,  # type: ignore[arg-type]
+        )
+        seen: set[torch.dtype] = set()
+        for parameter in clt.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.update({p.dtype, p.grad.dtype}))  # type: ignore[misc]
+        last[precision] = train(clt, Planted(), settings, tmp_path / precision)
+        curves[precision] = read_log(tmp_path / precision)
+        assert seen == {torch.float32}
+        with safe_open(tmp_path / precision / "checkpoint.safetensors", framework="pt") as file:
+            moments = {file.get_tensor(name).dtype for name in file.keys() if "exp_avg" in name}  # noqa: SIM118
+        assert moments == {torch.float32}
+    ours, theirs = last["bfloat16"], last["float32"]
+    first = curves["bfloat16"][0]["loss"]
+    assert first == pytest.approx(curves["float32"][0]["loss"], rel=0.02)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.15)
+    assert ours["loss"] < 0.6 * first
+    assert curves["bfloat16"] != curves["float32"] or activation == "batch_topk"  # chosen in bfloat16 either way
+    with pytest.raises(ReplacementError, match="cannot train in 'float8'"):
+        TrainingSettings(1, precision="float8")  # type: ignore[arg-type]
+    with pytest.raises(ReplacementError, match="made with settings"):
+        train(_clt(activation), Planted(), TrainingSettings(150, lr=4e-3, warmup=20), tmp_path / "bfloat16")
+
+
+class _Contexts(nn.Module):
+    """A linear map on whole contexts: the mean over real tokens of what is left of the output."""
+
+    reads, writes, in_context, extra = (), (), True, ("pattern.1",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.zeros(D, D))
+
+    def calibrate(self, batches: list[dict[str, Tensor]]) -> None:
+        assert len({batch["pattern.1"].shape[-1] for batch in batches}) > 1
+
+    def begin_step(self, progress: float) -> None:
+        pass
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        assert batch["mask"].dtype == torch.bool
+        moved = batch["pattern.1"].sum(1) @ (batch["x"] @ self.W)
+        assert moved.dtype == (torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32)
+        error = (moved - batch["y"])[batch["mask"]]
+        return error.square().mean(), {"nmse/y": float(error.detach().square().mean())}
+
+
+class _Ragged(Planted):
+    def __next__(self) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(self.made)
+        self.made += 1
+        S = 4 + self.made % 5
+        mask = torch.arange(S) < torch.randint(2, S + 1, (6, 1), generator=random)
+        x, pattern = torch.randn(6, S, D, generator=random), torch.rand(6, 2, S, S, generator=random).tril()
+        return {"x": x, "y": pattern.sum(1) @ x @ self.writes[0][:D], "pattern.1": pattern, "mask": mask}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_contexts_train_in_either_precision(tmp_path: Path, precision: Any) -> None:
+    """Batches of other sizes each step, with patterns and a mask that stays boolean."""
+    settings = TrainingSettings(steps=300, lr=3e-2, warmup=1, clip=1e9, figures_every=1, precision=precision)
+    train(_Contexts(), _Ragged(), settings, tmp_path)
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert sum(losses[-20:]) < 0.02 * sum(losses[:20])
 
 
 class _Finite(Planted):
