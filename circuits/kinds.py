@@ -52,7 +52,6 @@ class Places:
     heads: tuple[int, ...] = ()
 
 
-
 @dataclass(frozen=True)
 class Kind:
     """One kind: what its settings are, whether it takes some layers only, and how it is built."""

@@ -313,5 +313,5 @@ def _check_sites(dictionary: Dictionary) -> None:
         fits = site.name in known.get(read.site.name, ())
         if not fits or write_depth(site) < read_depth(read.site.name, read.site.layer):
             raise CircuitsError(
-                f"{dictionary.source}: {dictionary.name} reads {read} and writes {site}; it is for analysis, not for a trace"
+                f"{dictionary.source}: {dictionary.name} reads {read} and writes {site}; it is for analysis only"
             )

@@ -10,7 +10,13 @@ from circuits.model import BaseModel, load_base_model
 from circuits.replacements.dictionary import Replacement, load_replacement
 
 DEFAULT = Path(__file__).resolve().parent / "default"
-DEFAULT_REPLACEMENTS = ("clt", "attention-sae")
+# What comes with the embedded model, by the name that --replacement takes.
+EMBEDDED = {
+    "attention-sae": ("clt", "attention-sae"),
+    "mtc": ("clt", "mtc"),
+    "weakly-causal": ("weakly-causal",),
+    "clt": ("clt",),
+}
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ def load(
     model
         A local folder or hub id of a causal LM; by default the embedded model.
     replacement
-        One or several directories of replacements; by default those of the embedded model, if that is what is
-        loaded. Layers without one stay as they are: attention frozen, MLP outputs as error nodes.
+        One or several directories of replacements. With the embedded model also a name of what comes with it:
+        `attention-sae` (the default: CLT and attention output SAEs), `mtc` (CLT and multitoken transcoders),
+        `weakly-causal` (features of both types), or `clt` alone. Layers without a replacement stay as they are:
+        attention frozen, MLP outputs as error nodes.
     device, dtype
         Where and in which precision the weights are held. Recording and attribution run in float32.
 
@@ -58,12 +66,19 @@ def load(
     if model is None:
         base.name = "circuits-default"
     if replacement is None:
-        paths = [_embedded(name) for name in DEFAULT_REPLACEMENTS] if model is None else []
-    else:
-        paths = [Path(path) for path in ([replacement] if isinstance(replacement, str | Path) else replacement)]
+        replacement = [] if model is not None else "attention-sae"
+    given = [replacement] if isinstance(replacement, str | Path) else replacement
+    paths = [path for one in given for path in _paths(one, embedded=model is None)]
     replacements = tuple(load_replacement(path, device) for path in paths)
     check_replacements(base, replacements)
     return Model(base, replacements)
+
+
+def _paths(given: str | Path, *, embedded: bool) -> list[Path]:
+    """Directories of a replacement that the user named; one that is there goes before a name of the embedded ones."""
+    if embedded and str(given) in EMBEDDED and not Path(given).is_dir():
+        return [_embedded(name) for name in EMBEDDED[str(given)]]
+    return [Path(given)]
 
 
 def _embedded(name: str) -> Path:

@@ -94,6 +94,13 @@ class BaseModel:
             return None
         return cast(Tensor, part(self.lm, self.family.position_embedding).weight)[:n].float()
 
+    @property
+    def rotary_theta(self) -> float | None:
+        """Base of the rotary position embedding; None for a model without one."""
+        config: Any = self.lm.config
+        rotary = getattr(config, "rope_parameters", None)
+        return None if rotary is None else float(rotary["rope_theta"])
+
     def attention_weights(self, layer: int) -> AttentionWeights:
         """Value and output weights of one layer, split by head."""
         shape, block = self.shape, self.blocks[layer]

@@ -47,7 +47,7 @@ def moved_sae_figures(
         The SAE's decoders are not in the stream below the layer.
     """
     (site, *more) = sae.writes
-    below = site.name == "resid_pre" and site.layer == layer or site.name == "attn_out" and site.layer < layer
+    below = (site.name == "resid_pre" and site.layer == layer) or (site.name == "attn_out" and site.layer < layer)
     if more or not below or sae.moved_by is not None:
         raise CircuitsError(
             f"{sae.source}: {sae.name} writes {', '.join(map(str, sae.writes))}; to be moved by the heads of layer "

@@ -1,121 +1,175 @@
-"""`circuits train`: from text files to a saved replacement with its figures."""
+"""`circuits train`: from text to a saved replacement with its figures."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import nn
 
-from circuits.activations import TokenStream
 from circuits.errors import CircuitsError
 from circuits.evaluation import cross_entropy, dictionary_figures
+from circuits.kinds import Places, Settings, build_module
 from circuits.model import BaseModel
-from circuits.replacements.attention_sae import AttentionSAE
-from circuits.replacements.clt import CrossLayerTranscoder
-from circuits.replacements.coder import Coder, CoderSettings
+from circuits.qk_evaluation import qk_figures
 from circuits.replacements.dictionary import Replacement, load_replacement
-from circuits.replacements.formats import native
-from circuits.replacements.sites import ReadSite, Site
-from circuits.replacements.training import TrainingSettings, train
-from circuits.replacements.weakly_causal import WeaklyCausalTranscoder
-from circuits.text import Document, read_documents
+from circuits.replacements.formats import native, qk_format
+from circuits.replacements.formats.qk_format import QKReplacement
+from circuits.replacements.parallel import Processes
+from circuits.replacements.side_by_side import SideBySide
+from circuits.replacements.training import Reports, TrainingSettings, train
+from circuits.streams import StreamSettings, open_stream
+from circuits.text import Document, DocumentSource, open_text, read_documents
 
-Kind = Literal["clt", "attention-sae", "weakly-causal"]
 CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Which text, and how it is cut.
+
+    held_out
+        Text for the figures at the end; by default every fiftieth document of `files`, which is then not trained on.
+    field
+        Field or column that has the text, in JSONL and Parquet.
+    window
+        Longest document that the model is run on, in tokens.
+    shuffle
+        Documents that are shuffled among one another.
+    """
+
+    files: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    field: str = "text"
+    window: int = 256
+    shuffle: int = 20_000
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
     """What to train, on which text, and where to.
 
-    held_out
-        Text for the figures at the end; by default every fiftieth document of `text`, which is then not trained on.
-    layers
-        Layers of attention to train for; all by default.
-    window
-        Longest document that the model is run on, in tokens.
+    kind, places, settings
+        See `circuits.kinds`.
+    output
+        Folder; the replacement goes to `output/kind`, checkpoints to `output/checkpoints/kind`.
     """
 
-    kind: Kind
-    text: tuple[Path, ...]
+    kind: str
+    text: TextSettings
     output: Path
-    coder: CoderSettings
+    settings: Settings
     loop: TrainingSettings
-    held_out: tuple[Path, ...] = ()
-    site: Literal["attn_out", "z"] = "attn_out"
-    layers: tuple[int, ...] = ()
-    batch_tokens: int = 4096
-    window: int = 256
+    places: Places = field(default_factory=Places)
+    stream: StreamSettings = field(default_factory=StreamSettings)
     dtype: str = "float16"
     evaluation_documents: int = 200
 
 
-def build_coder(model: BaseModel, plan: TrainingPlan) -> Coder:
-    """The untrained replacement of the kind that the plan names."""
-    shape = model.shape
-    if plan.layers and plan.kind != "attention-sae":
-        raise CircuitsError(f"{plan.kind} has dictionaries for every layer; choose layers for attention SAEs only")
-    if plan.kind == "weakly-causal":
-        return WeaklyCausalTranscoder(shape.n_layers, shape.d_model, plan.coder)
-    if plan.kind == "clt":
-        return CrossLayerTranscoder(shape.n_layers, shape.d_model, plan.coder)
-    width = shape.d_model if plan.site == "attn_out" else shape.n_heads * shape.d_head
-    layers = plan.layers or tuple(range(shape.n_layers))
-    if not all(0 <= layer < shape.n_layers for layer in layers):
-        raise CircuitsError(f"layers {layers} are not all in the model, which has layers 0 to {shape.n_layers - 1}")
-    return AttentionSAE(layers, width, plan.coder, site=plan.site)
+@dataclass(frozen=True)
+class Watch:
+    """Who hears of a training: its figures and steps, and how much has been cached before it."""
+
+    reports: Reports = field(default_factory=Reports)
+    caching: Callable[[int, int], None] = lambda done, total: None
 
 
 def train_replacement(
-    model: BaseModel, plan: TrainingPlan, on_figures: Callable[[int, dict[str, float]], None]
-) -> Replacement:
+    model: BaseModel, plan: TrainingPlan, watch: Watch | None = None, processes: Processes | None = None
+) -> Replacement | QKReplacement | None:
     """Train, save and measure a replacement; goes on from the checkpoint under `plan.output` if there is one.
+
+    Returns
+    -------
+    The replacement as it was saved; None in processes of `torchrun` other than the first.
 
     Raises
     ------
     CircuitsError, ReplacementError
         The text is too short or unreadable, the settings do not fit the checkpoint, or the loss is not finite.
     """
+    watch, processes = watch or Watch(), processes or Processes()
     documents, held_out = _split(model, plan)
-    module = build_coder(model, plan)
-    sites: tuple[ReadSite | Site, ...] = tuple(dict.fromkeys([*module.reads, *module.writes]))
-    stream = TokenStream(model, documents, sites, plan.batch_tokens, seed=plan.coder.seed)
-    train(module, stream, plan.loop, plan.output / CHECKPOINTS / plan.kind, on_figures)
-    replacement = Replacement(
-        name=plan.kind,
-        path=plan.output,
-        format="circuits",
-        dictionaries=module.to_dictionaries(),
-        model={"name": Path(model.name).name, "hash": model.identity},
-    )
-    native.save(replacement, plan.output / plan.kind, plan.dtype)
-    saved = load_replacement(plan.output / plan.kind)
-    saved.training = measure(model, [saved], held_out[: plan.evaluation_documents])
-    saved.training["tokens"] = plan.loop.steps * plan.batch_tokens
-    native.save(saved, plan.output / plan.kind, plan.dtype)
-    return load_replacement(plan.output / plan.kind)
+    module = build_module(model, plan.kind, plan.places, plan.settings)
+    stream = open_stream(model, documents, module, plan.stream, processes, watch.caching)
+    checkpoints = plan.output / CHECKPOINTS / plan.kind
+    train(module, stream, plan.loop, checkpoints, watch.reports, processes)
+    if not processes.leads:
+        return None
+    tokens = plan.loop.steps * plan.stream.batch_tokens * processes.count
+    training = {"tokens": tokens, "steps": plan.loop.steps}
+    identity = {"name": Path(model.name).name, "hash": model.identity}
+    if isinstance(module, SideBySide):
+        return _save_qk(model, plan, module, identity, training, held_out)
+    path = plan.output / plan.kind
+    replacement = Replacement(plan.kind, path, "circuits", _dictionaries(module), identity)
+    native.save(replacement, path, plan.dtype)
+    saved = load_replacement(path)
+    saved.training = measure(model, [saved], held_out) | training
+    native.save(saved, path, plan.dtype)
+    return load_replacement(path)
+
+
+def _save_qk(
+    model: BaseModel,
+    plan: TrainingPlan,
+    module: SideBySide,
+    identity: dict[str, Any],
+    training: dict[str, Any],
+    held_out: Sequence[Document],
+) -> QKReplacement:
+    """QK dictionaries have a format of their own: they write nothing to the stream."""
+    path = plan.output / plan.kind
+    parts: list[Any] = list(module.parts)
+    dictionaries = tuple(part.to_qk_dictionary() for part in parts)
+    qk_format.save(QKReplacement(plan.kind, dictionaries, identity, training), path, plan.dtype)
+    saved = qk_format.load(path)
+    training = qk_figures(model, saved, held_out) | training
+    qk_format.save(QKReplacement(plan.kind, saved.dictionaries, identity, training), path, plan.dtype)
+    return qk_format.load(path)
+
+
+def _dictionaries(module: nn.Module) -> Any:
+    trainable: Any = module
+    return trainable.to_dictionaries()
 
 
 def measure(model: BaseModel, replacements: Sequence[Replacement], documents: Sequence[Document]) -> dict[str, Any]:
-    """Figures on held-out documents: those of every dictionary, and the cross-entropy kept."""
-    loss = cross_entropy(model, replacements, documents)
-    return {
-        "dictionaries": dictionary_figures(model, replacements, documents),
-        "cross_entropy": {"base": loss.base, "replaced": loss.replaced, "ablated": loss.ablated, "kept": loss.kept},
-        "held_out_tokens": sum(len(document) - 1 for document in documents),
-    }
+    """Figures on held-out documents: those of every dictionary, and the cross-entropy kept.
+
+    A dictionary that reads several layers at once, or rebuilds the stream below a layer, cannot take its output's place
+    in a forward pass, so it has no cross-entropy.
+    """
+    figures: dict[str, Any] = {"dictionaries": dictionary_figures(model, replacements, documents)}
+    dictionaries = [d for replacement in replacements for d in replacement.dictionaries]
+    if not any(d.read.also or d.writes[0].name == "resid_pre" for d in dictionaries):
+        loss = cross_entropy(model, replacements, documents)
+        figures["cross_entropy"] = {
+            "base": loss.base,
+            "replaced": loss.replaced,
+            "ablated": loss.ablated,
+            "kept": loss.kept,
+        }
+    return figures | {"held_out_tokens": sum(len(document) - 1 for document in documents)}
 
 
-def _split(model: BaseModel, plan: TrainingPlan) -> tuple[list[Document], list[Document]]:
-    if not 2 <= plan.window <= model.shape.context:
-        raise CircuitsError(f"window is {plan.window}, expected 2 to the model's context of {model.shape.context}")
-    documents = read_documents(model, plan.text, plan.window)
-    if plan.held_out:
-        return documents, read_documents(model, plan.held_out, plan.window)
-    if len(documents) < 50:
-        raise CircuitsError(f"{len(documents)} documents are too few to hold some out; give --held-out")
-    return [d for i, d in enumerate(documents) if i % 50], documents[::50]
+def _split(model: BaseModel, plan: TrainingPlan) -> tuple[DocumentSource, list[Document]]:
+    """Documents to train on, and those for the figures."""
+    text = plan.text
+    if not 2 <= text.window <= model.shape.context:
+        raise CircuitsError(f"window is {text.window}, expected 2 to the model's context of {model.shape.context}")
+    source = open_text(model, text.files, text.window, field=text.field, buffer=text.shuffle, seed=plan.stream.seed)
+    if text.held_out:
+        held = read_documents(model, text.held_out, text.window, field=text.field)
+        return source, held[: plan.evaluation_documents]
+    rest, held_out = source.split()
+    held = []
+    for document in held_out.in_order():
+        held.append(document)
+        if len(held) == plan.evaluation_documents:
+            break
+    return rest, held
 
 
 def set_threads(threads: int | None) -> None:

@@ -127,6 +127,7 @@ class _Run:
         """Go on from a checkpoint, or calibrate; returns the first step to make and the figures so far."""
         notes, folder, count = read_notes(self.folder), self.folder, self.processes.count
         if notes is None:
+            torch.manual_seed(self.processes.rank)  # what a module draws in its loss is the same in every training
             batches = [self.next(0) for _ in range(-(-self.settings.calibration // count))]
             batches = self.processes.gather_batches(batches)
             if self.processes.leads:

@@ -32,7 +32,12 @@ class _Wanted:
 @click.command("trace", short_help="Trace a prompt to a pruned attribution graph.")
 @click.argument("prompt", required=False)
 @click.option("--model", help="Folder or hub id of a causal LM. Default: the embedded model.")
-@click.option("--replacement", "replacements", multiple=True, help="Directory of a replacement; may be repeated.")
+@click.option(
+    "--replacement",
+    "replacements",
+    multiple=True,
+    help="Directory, or of the embedded model: attention-sae, mtc, weakly-causal, clt; may be repeated.",
+)
 @click.option("--token-ids", help="The prompt as token ids, such as 0,17,4; taken as given.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a text file.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")

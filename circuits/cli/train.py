@@ -1,87 +1,130 @@
-"""`circuits train KIND`: a replacement from text files."""
+"""`circuits train KIND`: a replacement from text."""
 
 import json
-from pathlib import Path
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import click
 
-KINDS = ("clt", "attention-sae", "weakly-causal")
+from circuits.cli.train_options import COMMON, KINDS
+
+if TYPE_CHECKING:
+    from circuits.kinds import Settings
+    from circuits.model import BaseModel
+    from circuits.training import TrainingPlan
 
 
-@click.command("train", short_help="Train a replacement on text.")
-@click.argument("kind", type=click.Choice(KINDS))
-@click.option("--model", required=True, help="Folder or hub id of the causal LM.")
-@click.option("--text", "text", type=click.Path(path_type=Path), multiple=True, required=True,
-              help="Documents separated by <|endoftext|>, or a .jsonl of token ids; may be repeated.")  # fmt: skip
-@click.option("--held-out", type=click.Path(path_type=Path), multiple=True,
-              help="Text for the figures. Default: every fiftieth document.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder; holds checkpoints too.")
-@click.option("--features", default=2048, show_default=True, help="Features of each layer's dictionary.")
-@click.option("--activation", type=click.Choice(["batch_topk", "topk", "jump_relu"]), default="batch_topk",
-              show_default=True)  # fmt: skip
-@click.option("--k", default=20, show_default=True, help="Active features a token, for topk and batch_topk.")
-@click.option("--sparsity", type=float, help="Weight of the tanh penalty, for jump_relu.")
-@click.option("--site", type=click.Choice(["attn_out", "z"]), default="attn_out", show_default=True,
-              help="What an attention SAE reads and rebuilds.")  # fmt: skip
-@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer's attention; may be repeated.")
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--batch-tokens", default=4096, show_default=True)
-@click.option("--window", default=256, show_default=True, help="Longest piece of text, in tokens.")
-@click.option("--lr", default=1e-3, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--dtype", default="float16", show_default=True, help="Of the saved matrices.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--model-dtype", default="float32", show_default=True, help="Precision that the model runs in.")
-@click.option("--threads", type=int, help="CPU threads.")
-@click.option("--log-every", default=50, show_default=True, help="Steps between figures.")
-@click.option("--checkpoint-every", default=500, show_default=True, help="Steps between checkpoints.")
-def command(**options: Any) -> None:
+@click.group("train", short_help="Train a replacement on text.")
+def command() -> None:
     """Train a replacement of KIND; run the same command again to go on after a stop.
 
     \b
-    circuits train clt --model gpt2 --text corpus.txt -o build/clt
+    circuits train mtc --model gpt2 --text corpus.txt -o build
+    torchrun --nproc-per-node 8 -m circuits train clt --model gpt2 --text corpus.txt -o build --device cuda
     """
+
+
+def _subcommand(kind: str) -> click.Command:
+    summary, own = KINDS[kind]
+
+    def run(**options: Any) -> None:
+        _train(kind, options)
+
+    run.__doc__ = summary
+    for decorate in reversed([*COMMON, *own]):
+        run = decorate(run)
+    return click.command(kind, short_help=summary)(run)
+
+
+for _kind in KINDS:
+    command.add_command(_subcommand(_kind))
+
+
+def _train(kind: str, options: dict[str, Any]) -> None:
     from circuits.cli.console import console, progress_bar
     from circuits.cli.trace import quiet_libraries
     from circuits.model import load_base_model
-    from circuits.replacements.coder import CoderSettings, JumpSettings
-    from circuits.replacements.training import TrainingSettings
-    from circuits.training import TrainingPlan, set_threads, train_replacement
+    from circuits.replacements.parallel import started
+    from circuits.replacements.training import Reports
+    from circuits.training import Watch, set_threads, train_replacement
 
     quiet_libraries()
     set_threads(options["threads"])
-    jump = JumpSettings() if options["sparsity"] is None else JumpSettings(sparsity=options["sparsity"])
-    plan = TrainingPlan(
-        kind=options["kind"],
-        text=options["text"],
-        output=options["output"],
-        coder=CoderSettings(
-            options["features"], activation=options["activation"], k=options["k"], jump=jump, seed=options["seed"]
+    with started(options["device"]) as (processes, device):
+        model = load_base_model(options["model"], device=device, dtype=options["model_dtype"])
+        plan = _plan(kind, model, options)
+        with progress_bar("caching") as caching, progress_bar(f"training {kind}") as progress:
+
+            def report(step: int, figures: dict[str, float]) -> None:
+                console.print(f"step {step}  {_line(figures)}")
+
+            trained = train_replacement(model, plan, Watch(Reports(report, progress), caching), processes)
+        if trained is not None:
+            console.print_json(json.dumps(trained.training))
+            console.print(f"wrote {plan.output / kind}")
+
+
+def _plan(kind: str, model: "BaseModel", options: dict[str, Any]) -> "TrainingPlan":
+    from circuits.kinds import Places
+    from circuits.replacements.training import TrainingSettings
+    from circuits.streams import StreamSettings
+    from circuits.training import TextSettings, TrainingPlan
+
+    places = {field.name: options[field.name] for field in fields(Places) if field.name in options}
+    return TrainingPlan(
+        kind=kind,
+        text=TextSettings(
+            options["text"], options["held_out"], options["field"], options["window"], options["shuffle"]
         ),
+        output=options["output"],
+        settings=_settings(kind, model, options),
         loop=TrainingSettings(
             steps=options["steps"],
             lr=options["lr"],
             figures_every=options["log_every"],
             checkpoint_every=options["checkpoint_every"],
+            precision=options["precision"],
         ),
-        held_out=options["held_out"],
-        site=options["site"],
-        layers=options["layers"],
-        batch_tokens=options["batch_tokens"],
-        window=options["window"],
+        places=Places(**places),
+        stream=StreamSettings(
+            options["batch_tokens"],
+            options["seed"],
+            options["cache"],
+            options["cache_tokens"],
+            options["cache_dtype"],
+        ),
         dtype=options["dtype"],
     )
-    model = load_base_model(options["model"], device=options["device"], dtype=options["model_dtype"])
-    with progress_bar(f"training {plan.kind}") as progress:
 
-        def report(step: int, figures: dict[str, float]) -> None:
-            progress(step, plan.loop.steps)
-            console.print(f"step {step}  {_line(figures)}")
 
-        replacement = train_replacement(model, plan, report)
-    console.print_json(json.dumps(replacement.training))
-    console.print(f"wrote {replacement.path}")
+def _settings(kind: str, model: "BaseModel", options: dict[str, Any]) -> "Settings":
+    """The kind's settings, from the options that bear their fields' names."""
+    from circuits.kinds import KINDS as BUILT
+    from circuits.replacements.coder import CoderSettings, JumpSettings
+    from circuits.replacements.multitoken_settings import MultiTokenSettings
+
+    wanted = BUILT[kind].settings
+    given = {field.name: options[field.name] for field in fields(wanted) if field.name in options}
+    if wanted is CoderSettings and options["sparsity"] is not None:
+        given["jump"] = JumpSettings(sparsity=options["sparsity"])
+    if wanted is MultiTokenSettings:
+        given["ranks"] = _ranks(options["ranks"])
+        given["heads"] = "one" if kind in ("single-head-mtc", "joint-mtc") else "all"
+        given["joint"] = kind == "joint-mtc"
+    if kind == "lorsa":
+        given["ov_rank"] = 1
+    if kind in ("attention-layer", "lorsa"):
+        given["rotary_theta"] = model.rotary_theta
+    settings: Settings = wanted(**given)
+    return settings
+
+
+def _ranks(text: str) -> tuple[tuple[int, float], ...]:
+    try:
+        blocks = [part.split(":") for part in text.split(",")]
+        return tuple((int(rank), float(share)) for rank, share in blocks)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not RANK:SHARE,RANK:SHARE, such as 1:0.5,4:0.5") from None
 
 
 def _line(figures: dict[str, float]) -> str:

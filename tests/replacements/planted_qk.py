@@ -12,7 +12,7 @@ Batch = dict[str, Tensor]
 
 
 def plain_pattern(q: Tensor, k: Tensor) -> Tensor:
-    """(H, S, S) causal softmax of q . k of one context, q (S, H, E) and k (S, K, E), head h with key head h // (H / K)."""
+    """(H, S, S) causal softmax of q . k, q (S, H, E) and k (S, K, E); head h has the key head h // (H / K)."""
     S, H, _ = q.shape
     A = torch.zeros(H, S, S, dtype=torch.float64)
     for h in range(H):
@@ -97,8 +97,8 @@ def contexts(lengths: list[int], n_heads: int, n_kv_heads: int, d_head: int, lay
 class PlantedQK:
     """Batches of one head whose queries and keys are sparse sums of the same `planted` nearly orthogonal directions.
 
-    A key is attended where it shares a direction with the query: q . k is `9 sum_i a_i[p] b_i[s]`, but for what directions
-    that are more than the head is wide have in common.
+    A key is attended where it shares a direction with the query: q . k is `9 sum_i a_i[p] b_i[s]`, but for what
+    directions that are more than the head is wide have in common.
     """
 
     def __init__(self, planted: int = 24, width: int = 16, n: int = 24, length: int = 24, active: float = 1.5) -> None:

@@ -17,7 +17,7 @@ from circuits.replacements.qk_figures import ablate, measure
 from circuits.replacements.qk_score import QKDictionary, QKHeads, Side, pattern_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from planted_qk import (  # noqa: E402
+from planted_qk import (
     PlantedQK,
     contexts,
     fit,
@@ -36,7 +36,7 @@ def _dictionary(rank: int = 1, choice: Any = "relu", prediction: Any = "softmax"
 
     def side(width: int) -> Side:
         W, b = torch.randn(F, rank, width, generator=random), torch.randn(F, rank, generator=random)
-        threshold = None if rank == 1 else torch.rand(F, generator=random)
+        threshold = None if rank == 1 else 4 * torch.rand(F, generator=random) + 1
         return Side(W, b, threshold, k=2, cut=0.4)
 
     weights = torch.randn(F, 3, generator=random) * 0.5
@@ -115,13 +115,13 @@ def test_fit_is_the_normalized_mse(rank: int, prediction: str) -> None:
     """
     module, batch = _module(rank, activation="topk", prediction=prediction), contexts(LENGTHS, 4, 2, 3, seed=1)
     module.begin_step(0.5)
-    loss, figures = module.loss(batch)
-    dictionary = module.to_qk_dictionary()
+    total, figures = module.loss(batch)
+    loss, dictionary = float(total.detach()), module.to_qk_dictionary()
     rows = [(batch["q.0:none"][c][:n], batch["k.0:none"][c][:n]) for c, n in enumerate(LENGTHS)]
     plain = [plain_dictionary(dictionary, q, k) for q, k in rows]
     wanted = [batch["pattern.0"][c, 1:] for c in range(len(LENGTHS))]
     nmse = plain_nmse(wanted, [pattern for _, _, _, pattern in plain], LENGTHS)
-    assert float(loss) == pytest.approx(nmse, rel=1e-4)
+    assert loss == pytest.approx(nmse, rel=1e-4)
     assert figures["nmse/pattern.0"] == pytest.approx(nmse, rel=1e-4)
     assert measure(dictionary, [batch])["nmse/pattern.0"] == pytest.approx(nmse, rel=1e-4)
     scored = [(c, p) for c, n in enumerate(LENGTHS) for p in range(1, n)]
@@ -138,7 +138,7 @@ def test_fit_is_the_normalized_mse(rank: int, prediction: str) -> None:
     for name in ("q.0:none", "k.0:none"):
         spoiled[name] = batch[name].clone()
         spoiled[name][1, 5:] = 50.0
-    assert float(module.loss(spoiled)[0].detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert float(module.loss(spoiled)[0].detach()) == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -241,11 +241,22 @@ def test_l1_makes_its_side_sparser() -> None:
 
 
 def test_pre_activation_penalty_keeps_features_alive() -> None:
-    """A large penalty on negative strengths leaves more features active."""
-    _, without = _trained(activation="relu", pre_activation=0.0)
-    _, with_it = _trained(activation="relu", pre_activation=0.1)
-    assert with_it["l0/qk.0.query"] > 1.5 * without["l0/qk.0.query"]
-    assert with_it["l0/qk.0.key"] > 1.5 * without["l0/qk.0.key"]
+    """Features that never fire have no gradient but this penalty's: with it they come back, without they stay silent."""
+    for weight, alive in ((0.0, 0), (0.1, 16)):
+        data = PlantedQK(n=12, length=16)
+        module = QKDiagonalization(0, 1, 1, 16, QKSettings(32, activation="relu", pre_activation=weight))
+        module.train()
+        module.calibrate([next(data)])
+        with torch.no_grad():
+            module.b["query"][:16] = module.b["key"][:16] = -4.0
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+        for _ in range(80):
+            module.loss(next(data))[0].backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        batch = next(data)
+        for side in module.to_qk_dictionary().features(batch["q.0:none"], batch["k.0:none"]):
+            assert int((side != 0).any(-1).flatten(0, 1).any(0)[:16].sum()) == alive
 
 
 def test_k_is_kept() -> None:
@@ -344,7 +355,7 @@ def test_saved_is_loaded(tmp_path: Path, rank: int, choice: str) -> None:
 
 
 def test_bad_files_and_targets(tmp_path: Path) -> None:
-    """Whatever is wrong with a file is named; what is no QK diagonalization is not overwritten, nor left half written."""
+    """Whatever is wrong with a file is named; what is none is not overwritten, and nothing is left half written."""
     path, dictionary = tmp_path / "qk", _dictionary()
     saved = qk_format.QKReplacement("one", (dictionary,))
     qk_format.save(saved, path)

@@ -21,7 +21,6 @@ from circuits.replacements.checkpoints import read_log
 STEPS = 120
 KINDS = {  # what each kind needs beside the common options
     "attention-sae": ["--features", "32", "--k", "4"],
-    "clt": ["--features", "32", "--k", "4", "--activation", "jump_relu"],
 }
 RUN = [sys.executable, "-m", "circuits"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "circuits"]

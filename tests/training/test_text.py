@@ -137,6 +137,10 @@ def test_parquet(base: BaseModel, tmp_path: Path) -> None:
     assert list(islice(again, 400)) == documents[333:733]
     with pytest.raises(CircuitsError, match="no field 'text'; there are story"):
         read_documents(base, [tmp_path / "a.parquet"], 64)
+    named = read_documents(base, [Path(f"hf:{tmp_path}:train")], 64, field="story")  # a folder for a name of the hub
+    assert named == list(source.in_order())
+    with pytest.raises(CircuitsError, match="expected hf:NAME:SPLIT"):
+        read_documents(base, [Path("hf:one:two:three:four")], 64)
 
 
 def test_without_datasets_the_extra_is_named(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
