@@ -120,17 +120,24 @@ class TokenStream(ActivationStream):
 
 
 class ContextStream(ActivationStream):
-    """Batches of whole documents of like length, padded on the right to S positions.
+    """Batches of whole documents of any lengths, padded on the right to S positions.
+
+    Documents of like length together would waste less, but texts of one length are often of one kind, and a batch
+    should have all kinds.
 
     `{str(site): (C, S, D)}`, "pattern.l" (C, H, S, S), and "mask" (C, S), true at real tokens, the first included.
     """
 
     def _batches(self, documents: list[Document]) -> list[Batch]:
-        batches = []
-        for group in groups(documents, self.batch_tokens):
-            values, mask = self._run(group)
-            batches.append(values | {"mask": mask})
-        return [batches[i] for i in self._shuffled(len(batches)).tolist()]
+        batches, group, count = [], [], 0
+        for place in self._shuffled(len(documents)).tolist():
+            group.append(documents[place])
+            count += len(documents[place]) - 1
+            if count >= self.batch_tokens:
+                values, mask = self._run(group)
+                batches.append(values | {"mask": mask})
+                group, count = [], 0
+        return batches
 
 
 @torch.no_grad()

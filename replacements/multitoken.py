@@ -17,7 +17,7 @@ only move the top-k features produced by the encoder on any given context, sorti
 context": `context_k`.
 
 Letters of shapes: C contexts, S positions, T real tokens, F features, r rank, R = F r rows, H heads, D widths, n active
-entries, K features moved.
+entries.
 """
 
 import torch
@@ -28,6 +28,7 @@ from circuits.kernels.encode import Activation
 from circuits.replacements.coder import Batch, target
 from circuits.replacements.dictionary import Decoder, Dictionary
 from circuits.replacements.movement import HeadLoading
+from circuits.replacements.moving import by_query, decode_and_move
 from circuits.replacements.multitoken_settings import MultiTokenLayout, MultiTokenSettings
 from circuits.replacements.sites import Site
 from circuits.replacements.sparse import Pattern, decode_at, encode_at
@@ -248,14 +249,16 @@ class MultiTokenTranscoder(nn.Module):
     def _soft_vectors(self, i: int, u: Tensor, entries: Pattern) -> Tensor:
         """(n, r): `pre relu(1 - theta / |pre|)`, the group soft threshold."""
         layout = self.layouts[i]
-        offsets = torch.arange(layout.rank, device=u.device)
-        rows = entries.features.unsqueeze(1) * layout.rank + offsets
-        wide = Pattern.build(
-            entries.rows.repeat_interleave(layout.rank), rows.flatten(), len(u), layout.n_features * layout.rank
-        )
+        wide = self._row_entries(layout, entries, len(u))
         pre = encode_at(u, self.W_enc[i], self.b_enc[i], wide).view(-1, layout.rank)
         threshold = self.log_threshold[i].exp()[entries.features].unsqueeze(1)
         return pre * torch.relu(1 - threshold / pre.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+    def _row_entries(self, layout: MultiTokenLayout, entries: Pattern, n_tokens: int) -> Pattern:
+        """The entries with every row of their features, r times as many."""
+        rows = entries.features.unsqueeze(1) * layout.rank + torch.arange(layout.rank, device=entries.features.device)
+        tokens = entries.rows.repeat_interleave(layout.rank)
+        return Pattern.build(tokens, rows.flatten(), n_tokens, layout.n_features * layout.rank)
 
     def _as_sae(self, i: int, u: Tensor, entries: Pattern, values: Tensor) -> tuple[Tensor, float]:
         """The SAE's loss on u and its normalized MSE."""
@@ -266,34 +269,27 @@ class MultiTokenTranscoder(nn.Module):
     def _moved(self, i: int, batch: Batch, entries: Pattern, values: Tensor) -> tuple[list[Tensor], float]:
         """What dictionary i writes to each of its sites, (C, S, D') each; and the mean number of features moved."""
         layout, mask = self.layouts[i], batch["mask"]
-        context, position = (index[entries.rows] for index in mask.nonzero(as_tuple=True))
-        slots, moved, slot_of = self._slots(layout, context, entries.features, values.detach(), len(mask))
-        kept = slot_of >= 0
-        wide = values[kept].view(-1, layout.rank)
-        K = slots.shape[1]
-        a = wide.new_zeros(*mask.shape, K, layout.rank)
-        a = a.index_put((context[kept], position[kept], slot_of[kept]), wide).flatten(2)
-        pattern = batch[f"pattern.{layout.layer}"]
-        loading = functional.embedding(slots, self.effective_loading(i)).repeat_interleave(layout.rank, dim=1)
-        arrived = a * loading[:, None, :, -1]
-        for head in range(self.n_heads):
-            arrived = arrived + (pattern[:, head] @ a) * loading[:, None, :, head]
-        rows = (slots.unsqueeze(-1) * layout.rank + torch.arange(layout.rank, device=slots.device)).flatten(1)
-        outputs = [arrived @ functional.embedding(rows, W_dec) for W_dec in self._decoders(i)]
+        context, _ = mask.nonzero(as_tuple=True)
+        kept, moved = self._kept(layout, context[entries.rows], entries.features, values)
+        loading = functional.embedding(entries.features, self.effective_loading(i)) * kept.unsqueeze(1)
+        weights = values.unsqueeze(-1) * (loading if layout.rank == 1 else loading.unsqueeze(1))
+        places = mask.flatten().nonzero().squeeze(1)[entries.rows]
+        placed = Pattern.build(places, entries.features, mask.numel(), layout.n_features)
+        if layout.rank > 1:
+            placed = self._row_entries(layout, placed, mask.numel())
+        moves = by_query(batch[f"pattern.{layout.layer}"])
+        outputs = [decode_and_move(weights.flatten(0, -2), W_dec, placed, moves) for W_dec in self._decoders(i)]
         return outputs, float(moved) / len(mask)
 
-    def _slots(
-        self, layout: MultiTokenLayout, context: Tensor, features: Tensor, values: Tensor, n_contexts: int
-    ) -> tuple[Tensor, int, Tensor]:
-        """Which features of each context move, (C, K), how many in all, and each entry's slot or -1."""
-        sizes = values if values.ndim == 1 else values.norm(dim=1)
+    def _kept(self, layout: MultiTokenLayout, context: Tensor, features: Tensor, values: Tensor) -> tuple[Tensor, int]:
+        """(n,): one for entries of features that move in their context, else zero; and how many move in all."""
+        sizes = values.detach() if values.ndim == 1 else values.detach().norm(dim=1)
+        n_contexts = int(context.max()) + 1 if len(context) else 0
         total = sizes.new_zeros(n_contexts, layout.n_features)
         total.view(-1).index_add_(0, context * layout.n_features + features, sizes)
-        count = min(self.settings.context_k, max(1, int((total > 0).sum(1).max())))
-        strongest = total.topk(count, dim=1)
-        slot = torch.full_like(total, -1, dtype=torch.int64)
-        slot.scatter_(1, strongest.indices, torch.arange(count, device=slot.device).expand(n_contexts, -1))
-        return strongest.indices, int((strongest.values > 0).sum()), slot[context, features]
+        count = min(self.settings.context_k, layout.n_features)
+        moves = torch.zeros_like(total).scatter_(1, total.topk(count, dim=1).indices, 1.0)
+        return moves[context, features], int(((total > 0) & (moves > 0)).sum())
 
     def effective_loading(self, i: int) -> Tensor:
         """(F, H + 1): what the features move by; one entry a feature with `heads="one"`."""

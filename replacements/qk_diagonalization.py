@@ -160,13 +160,12 @@ class QKDiagonalization(nn.Module):
         self.writes: tuple[Site, ...] = ()
         self.extra = (f"pattern.{layer}",)
         F, R = settings.n_features, settings.rank
-        self.W = nn.ParameterDict(
-            {side: nn.Parameter(torch.zeros(F, R, width)) for side, width in zip(SIDES, self._widths(), strict=True)}
-        )
+        widths = {"query": self.of.d_query, "key": self.of.d_key}
+        self.W = nn.ParameterDict({side: nn.Parameter(torch.zeros(F, R, width)) for side, width in widths.items()})
         self.b = nn.ParameterDict({side: nn.Parameter(torch.zeros(F, R)) for side in SIDES})
         self.threshold = nn.ParameterDict({side: nn.Parameter(torch.zeros(F)) for side in SIDES if R > 1})
         self.w = nn.Parameter(torch.ones(F, len(chosen)), requires_grad=settings.learn_head_weights)
-        for side, width in zip(SIDES, self._widths(), strict=True):
+        for side, width in widths.items():
             self.register_buffer(f"{side}_mean", torch.zeros(width))
             self.register_buffer(f"{side}_scale", torch.ones(()))
         self.register_buffer("unfired", torch.zeros(2, F, dtype=torch.int64))
@@ -326,9 +325,6 @@ class QKDiagonalization(nn.Module):
         value = getattr(self, name)
         assert isinstance(value, Tensor)
         return value
-
-    def _widths(self) -> tuple[int, int]:
-        return self.of.d_query, self.of.d_key
 
     def to_dictionaries(self) -> tuple[Dictionary, ...]:
         """None: it writes nothing to the stream; see `to_qk_dictionary`."""

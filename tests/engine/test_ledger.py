@@ -236,7 +236,7 @@ def _heads_of(reference: Reference, target: Key) -> list[int]:
 
 
 def _change(reference: Reference, target: Key, out: Pass, head: int, key: int) -> float:
-    """By how much a target's pre-activation in a pass falls when one entry of the pattern it reads through is zeroed."""
+    """By how much a target's pre-activation in a pass falls when one entry of the pattern it reads by is zeroed."""
     _, _, position, feature = target
     pattern = reference.carriers(target).clone()
     if head == OWN:

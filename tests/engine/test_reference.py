@@ -20,6 +20,7 @@ from circuits.targets import Target
 
 UNPRUNED = circuits.TraceSettings(left_out=0.0, unpruned=True)
 MIXED = ("gpt2_clt_attn_out", "llama_clt_middle_frozen", "gpt2_skip_top_z")
+MIXED_MOVING = ("llama_mixed", "gpt2_residual_mctc", "gpt2_own_over_frozen")
 
 
 @cache
@@ -73,7 +74,7 @@ def test_every_edge(name: str) -> None:
     np.testing.assert_allclose(graph.nodes.bias[at], bias, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
 def test_reference_has_the_model_s_logits(name: str) -> None:
     """The reference's own forward pass is the Hugging Face model's."""
     ids = torch.tensor([CASES[name].token_ids])
@@ -96,7 +97,7 @@ def test_sweep_finds_the_influence_of_the_whole_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("left_out", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
 def test_left_out_bounds_what_influences_are_short_by(name: str, left_out: float) -> None:
     """Influences are lower bounds, each short by at most the mass that is reported, which is at most what was asked."""
     settings = circuits.TraceSettings(left_out=left_out, node_threshold=1.0, edge_threshold=1.0)
@@ -172,7 +173,7 @@ def assert_same_edges(found: dict[Key, float], expected: dict[Key, float]) -> No
         assert found.get(key, 0.0) == pytest.approx(weight, abs=1e-4 * largest)
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
 def test_token_at_a_position_and_difference_of_tokens(name: str) -> None:
     """A named token at an inner position; a difference of two tokens is the difference of their rows."""
     reference = reference_of(name)
@@ -190,7 +191,7 @@ def test_token_at_a_position_and_difference_of_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("site", ["resid_final", "resid_pre.2", "resid_mid.0", "resid_mid.2", "resid_post.1"])
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
 def test_direction_at_a_site(name: str, site: str) -> None:
     """Any direction at any stream site sees exactly what is written below it, with a closed ledger."""
     vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3))
@@ -235,10 +236,14 @@ def test_several_positions_and_sites_at_once() -> None:
         np.testing.assert_allclose(together.edges.weight[mine], graph.edges.weight[theirs], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mlp_feature", "attention_feature"])
-def test_feature_as_target(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(MIXED[0], "mlp_feature"), (MIXED[0], "attention_feature"), ("gpt2_mtc", "mtc_key"), ("gpt2_mtc", "mtc_query"),
+     ("gpt2_mtc_ranks", "mtc_query"), ("gpt2_value", "value_feature"), ("gpt2_own", "attention_feature"),
+     ("gpt2_residual_middle", "mtc_query")],
+)  # fmt: skip
+def test_feature_as_target(name: str, kind: str) -> None:
     """A feature node explained by itself: influence starts there and reaches nothing above; its edges are the same."""
-    name = MIXED[0]
     whole = full_graph(name)
     number = np.flatnonzero((whole.nodes.kind == kind) & (whole.nodes.layer == 1) & (whole.nodes.position == 4))[0]
     feature = int(whole.nodes.feature[number])
@@ -248,6 +253,8 @@ def test_feature_as_target(kind: str) -> None:
     assert graph.nodes.target_weight.sum() == 1.0
     assert set(graph.nodes.position[graph.nodes.influence > 0]) <= set(range(5))
     assert not graph.nodes.influence[graph.nodes.layer > 1].any()
+    above = ("mlp_feature", "mtc_query") if kind in ("mtc_key", "value_feature") else ()
+    assert not graph.nodes.influence[np.isin(graph.nodes.kind, above) & (graph.nodes.layer == 1)].any()
     np.testing.assert_allclose(graph.nodes.influence, graph_influence(graph.nodes, graph.edges), rtol=1e-4, atol=1e-7)
     mine, theirs = graph.edges.target == number, whole.edges.target == number
     np.testing.assert_allclose(graph.edges.weight[mine], whole.edges.weight[theirs], rtol=1e-5, atol=1e-7)
@@ -266,7 +273,11 @@ def test_target_that_does_not_exist(target: Target) -> None:
         circuits.trace(model_of(MIXED[0]), CASES[MIXED[0]].token_ids, [target])
 
 
-@pytest.mark.parametrize("name", ["llama_clt_middle_frozen", "gpt2_skip_top_z", "llama_clt_z"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama_clt_middle_frozen", "gpt2_skip_top_z", "llama_clt_z", *MIXED_MOVING, "gpt2_mixed", "gpt2_mtc_ranks",
+     "llama_value_over_frozen", "llama_residual_over_frozen", "llama_weakly_causal_mlp"],
+)  # fmt: skip
 def test_blocks_of_any_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many targets are taken at once changes nothing but the rounding."""
     monkeypatch.setattr(circuits.rows, "SPREAD_BUDGET", 300)
@@ -278,13 +289,17 @@ def test_blocks_of_any_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     difference = np.abs(matrix(small, targets, sources) - matrix(whole, targets, sources))
     assert difference.max() < 1e-5 * np.abs(whole.edges.weight).max()
     np.testing.assert_allclose(small.nodes.influence, whole.nodes.influence, rtol=1e-4, atol=1e-7)
+    for column in ("edge", "layer", "head", "key", "query"):
+        np.testing.assert_array_equal(getattr(small.heads, column), getattr(whole.heads, column))
+    np.testing.assert_allclose(small.heads.weight, whole.heads.weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_weights_in_half_precision(family: str, dtype: torch.dtype) -> None:
     """Whatever the weights are stored in, the trace is the float32 one of those same rounded weights."""
-    case = Case(family, attention={0: "z", 2: "attn_out"}, dtype=dtype, seed=20)  # type: ignore[arg-type]
+    moved = ("mtc-rank2.1",) if dtype == torch.bfloat16 else ("lorsa-rotary.1",)
+    case = Case(family, attention={0: "z", 2: "attn_out"}, moved=moved, dtype=dtype, seed=20)  # type: ignore[arg-type]
     model = build(case)
     graph = circuits.trace(model, case.token_ids, settings=UNPRUNED)
     assert {parameter.dtype for parameter in model.base.lm.parameters()} == {dtype}
@@ -297,7 +312,7 @@ def test_weights_in_half_precision(family: str, dtype: torch.dtype) -> None:
     assert np.abs(difference).max() < 1e-5 * np.abs(expected.edges.weight).max()
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
 def test_same_trace_same_bytes(name: str, tmp_path: Path) -> None:
     """Twice the same trace, from a model built twice, saved: the same bytes in every format."""
     for turn in ("first", "second"):

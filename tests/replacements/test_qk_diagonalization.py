@@ -189,7 +189,7 @@ def test_learns_planted_pairs() -> None:
     data = PlantedQK()
     settings = QKSettings(n_features=48, query_k=2, key_k=2, score_weight=0.3)
     module = QKDiagonalization(0, 1, 1, 16, settings, heads=(0,))
-    fit(module, data, steps=500, lr=7e-3)
+    fit(module, data, steps=400, lr=7e-3)
     dictionary = module.to_qk_dictionary()
     assert data.recovered(dictionary) >= 0.9
     batches = [next(data) for _ in range(4)]
@@ -302,7 +302,7 @@ def test_other_settings() -> None:
     """Rank, linear prediction and seed give other features; all of them learn; `dead_after` says what is dead."""
     seen = [_trained()[0], _trained(seed=1)[0]]
     assert not torch.allclose(seen[0].queries.W, seen[1].queries.W)
-    linear, figures = _trained(prediction="linear", score_weight=0.0)
+    linear, figures = _trained(prediction="linear", score_weight=0.0, n_features=16, query_k=4, key_k=4)
     assert linear.prediction == "linear"
     assert figures["nmse/pattern.0"] < 0.95
     grouped, figures = _trained(rank=2, n_features=16)

@@ -1,4 +1,4 @@
-"""`circuits train` in processes of its own: killed at any moment and started again, and two of them under `torchrun`."""
+"""`circuits train` as processes of its own: killed at any moment and started again, and two under `torchrun`."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from circuits.replacements.checkpoints import read_log
 STEPS = 120
 KINDS = {  # what each kind needs beside the common options
     "attention-sae": ["--features", "32", "--k", "4"],
+    "mtc": ["--features", "32", "--k", "4", "--layer", "1"],
 }
 RUN = [sys.executable, "-m", "circuits"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "circuits"]
