@@ -197,4 +197,7 @@ class ReplacedRun:
 
 
 def _same_output(site: Site, write: Site) -> bool:
-    return write == site or (site.name != "v" and write.name != "v" and write_depth(write) == write_depth(site))
+    apart = ("v", "resid_post")
+    return write == site or (
+        site.name not in apart and write.name not in apart and write_depth(write) == write_depth(site)
+    )

@@ -199,7 +199,7 @@ def test_loss_and_figures_by_definition(case: str) -> None:
         price += (qk * ov) ** 0.7
     error, target = torch.stack(errors), torch.stack(targets)
     mse = float((error**2).mean())
-    assert float(loss) == pytest.approx(mse + 0.01 * price + 0.3 * spread / len(errors), rel=1e-5)
+    assert loss.item() == pytest.approx(mse + 0.01 * price + 0.3 * spread / len(errors), rel=1e-5)
     around = float(((target - target.mean(0)) ** 2).sum())
     assert figures["nmse/attn_out.2"] == pytest.approx(float((error**2).sum()) / around, rel=1e-5)
     assert figures[f"penalty/{layer.names[0]}"] == pytest.approx(price, rel=1e-6)
