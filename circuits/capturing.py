@@ -112,7 +112,7 @@ def _inside_attention(model: BaseModel, names: set[str], kept: dict[str, Tensor]
     from transformers.masking_utils import eager_mask
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         output, pattern = eager(module, query, key, value, mask, **options)
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         found = {"q": query * scaling, "k": key, "v": value}

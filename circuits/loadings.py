@@ -86,13 +86,14 @@ def _into_readers(
         of = torch.from_numpy(row[chosen]).to(key.device)
         query, key_of = readers.positions[of], key[at]
         if readers.heads is not None:
-            values = attention.values(stream.flatten(0, 1), key.flatten()).unflatten(0, key.shape)
+            values = attention.values(stream.flatten(0, 1), key.flatten())
+            values = values.view(*key.shape, *values.shape[1:])
             weights = _contract(attention.pattern, readers.heads[of], values[at], query, key_of)
             heads = np.arange(weights.shape[2])
         else:
             assert readers.keys is not None
             assert readers.covectors is not None
-            normed = attention.norm.apply(stream.flatten(0, 1), key.flatten()).unflatten(0, key.shape)
+            normed = attention.norm.apply(stream.flatten(0, 1), key.flatten()).view_as(stream)
             weights = torch.einsum("ed,esd->es", readers.covectors[of], normed[at])
             weights = (weights * readers.keys[of].gather(1, key_of)).unsqueeze(2)
             heads = np.array([OWN_HEAD])
@@ -127,7 +128,8 @@ def _from_values(
     n = u.shape[1]
     for start in range(0, len(edges), CHUNK):
         part = slice(start, start + CHUNK)
-        vectors = written.vectors[numbers[part]].unflatten(1, (shape.n_kv_heads, -1))
+        vectors = written.vectors[numbers[part]]
+        vectors = vectors.view(len(vectors), shape.n_kv_heads, -1)
         vectors = vectors.repeat_interleave(shape.n_heads // shape.n_kv_heads, dim=1)
         amounts = torch.einsum("eqhd,ehd->eqh", u[of[part]], vectors)
         entries = attention.pattern[:, :n][:, :, key[part]].permute(2, 1, 0)

@@ -71,7 +71,7 @@ def _patterns(model: BaseModel, dictionaries: Sequence[QKDictionary], how: str) 
         by_layer.setdefault(dictionary.of.layer, []).append(dictionary)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         output, pattern = eager(module, query, key, value, mask, **options)
         if module.layer_idx not in by_layer:
             return output, pattern

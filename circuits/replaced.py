@@ -101,7 +101,8 @@ def _joined(actives: Sequence[Active]) -> Active:
 
     directions = None if actives[0].directions is None else column("directions")
     names = ("positions", "features", "activations", "pre_activations")
-    return Active(*(column(name) for name in names), directions)
+    positions, features, activations, pre_activations = (column(name) for name in names)
+    return Active(positions, features, activations, pre_activations, directions)
 
 
 @dataclass

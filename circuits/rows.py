@@ -11,6 +11,7 @@ Shapes: B targets, S positions, D model width, n nodes.
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Targets:
 
     def take(self, index: Tensor) -> "Targets":
         """Some of the targets."""
-        columns = {
+        columns: dict[str, Any] = {
             field.name: column[index]
             for field in fields(self)
             if isinstance(column := getattr(self, field.name), Tensor)

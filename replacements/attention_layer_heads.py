@@ -37,7 +37,7 @@ class AttentionLayerSettings:
         Base of the rotary positions of queries and keys, the base model's; None for a model without.
     penalty, beta
         Weight and power of `[L_nuc(W_QK) L_nuc(W_OV)]^beta`, 1/2 < beta < 1; raises the price of heads of high rank,
-        lowers nuclear norms, and removes heads that are not worth theirs.
+        lowers nuclear norms, and makes heads that are not worth theirs write less.
     pattern_sparsity
         Weight of `1 - sum_s A^2` of each head's pattern rows, weighted by the norm of what the head writes there as a
         share of the outputs' root mean square norm. That share has no gradient, so patterns get sharper, heads no

@@ -158,7 +158,8 @@ class MultiTokenTranscoder(nn.Module):
             t = (target(batch, layout.writes[0])[mask] / self.out_scale[place] - self.b_dec[place]).cpu()
             gram, cross, count = gram + x.T @ x, cross + x.T @ t, count + len(x)
         ridge = 1e-2 * count * torch.eye(wide)
-        return torch.linalg.solve(gram + ridge, cross).view(self.n_heads + 1, d, -1).to(self.in_mean.device)
+        maps: Tensor = torch.linalg.solve(gram + ridge, cross).view(self.n_heads + 1, d, -1)
+        return maps.to(self.in_mean.device)
 
     def begin_step(self, progress: float) -> None:
         """Nothing depends on how far the training is."""
@@ -211,7 +212,7 @@ class MultiTokenTranscoder(nn.Module):
             sizes = values
         penalty = u.new_zeros(())
         if settings.sparsity:
-            loading, decoders = self.effective_loading(i), torch.cat(self._decoders(i), dim=1)
+            loading, decoders = self.effective_loading(i), torch.cat(tuple(self._decoders(i)), dim=1)
             weight = loading.norm(dim=1) * decoders.view(layout.n_features, -1).norm(dim=1)
             penalty = penalty + settings.sparsity * (sizes * weight[entries.features]).sum() / len(u)
         some = u[:: max(1, len(u) // settings.penalty_tokens)]
@@ -292,14 +293,18 @@ class MultiTokenTranscoder(nn.Module):
         return moves[context, features], int(((total > 0) & (moves > 0)).sum())
 
     def effective_loading(self, i: int) -> Tensor:
-        """(F, H + 1): what the features move by; one entry a feature with `heads="one"`."""
+        """(F, H + 1): what the features move by; one entry a feature with `heads="one"`.
+
+        Every entry then gets the gradient that it would have if it were chosen, so that a head that would do better
+        grows until it is.
+        """
         loading: Tensor = self.loading[i]
         if not self.settings.identity:
             loading = torch.cat([loading[:, :-1], torch.zeros_like(loading[:, -1:])], dim=1)
         if self.settings.heads == "all":
             return loading
         chosen = loading.abs().argmax(1, keepdim=True)
-        return loading * torch.zeros_like(loading).scatter(1, chosen, 1.0)
+        return loading - (loading * torch.ones_like(loading).scatter(1, chosen, 0.0)).detach()
 
     # --- bookkeeping ----------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ class SideBySide(nn.Module):
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The sum of the parts' losses; their figures must have different names."""
-        losses, figures = [], {}
+        losses: list[Tensor] = []
+        figures: dict[str, float] = {}
         for part in self._parts():
             loss, found = part.loss(batch)
             losses.append(loss)

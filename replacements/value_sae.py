@@ -64,4 +64,5 @@ def head_loadings_of_values(dictionary: Dictionary, n_kv_heads: int) -> Tensor:
     """(F, layers x K): the norm of each feature's decoder on each head, "the norm of the decoder vector (per head) as a
     measure of head loading"."""
     rows = torch.cat([dictionary.decoders[site].all() for site in dictionary.writes], dim=1)
-    return rows.view(len(rows), len(dictionary.writes) * n_kv_heads, -1).norm(dim=-1)
+    norms: Tensor = rows.view(len(rows), len(dictionary.writes) * n_kv_heads, -1).norm(dim=-1)
+    return norms

@@ -221,9 +221,7 @@ def _write(folder: Path, dictionary: Dictionary, dtype: torch.dtype) -> dict[str
     }
 
 
-def _describe_movement(
-    dictionary: Dictionary, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _describe_movement(dictionary: Dictionary, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors and manifest entry of a dictionary's movement."""
     movement = dictionary.moved_by
     if movement is None:

@@ -108,7 +108,7 @@ class PlantedMoves:
 
 @dataclass(frozen=True)
 class Found:
-    """Cosines of planted features (F,) with the learnt one that is nearest: what it reads, how it moves, what it writes.
+    """Cosines of planted features (F,) with the nearest learnt one: what it reads, how it moves, what it writes.
 
     What is read is compared by the activations over the tokens of new contexts: an encoder row itself is not
     identified where the planted directions are not orthogonal. Loading and decoder are known up to a common sign.

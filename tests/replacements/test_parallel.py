@@ -92,9 +92,7 @@ def test_another_number_of_processes_is_refused(folder: Path) -> None:
     """One process cannot know where the other was in its text."""
     worker = _worker()
     with pytest.raises(ReplacementError, match="made by 2 processes, now there are 1; go on with the same number"):
-        train(
-            worker.sae("topk"), worker.Batches(Processes()), worker.settings(Processes(count=2)), folder / "topk"
-        )
+        train(worker.sae("topk"), worker.Batches(Processes()), worker.settings(Processes(count=2)), folder / "topk")
 
 
 def test_buckets_hold_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:

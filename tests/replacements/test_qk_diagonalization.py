@@ -1,22 +1,12 @@
 """QK diagonalization: against loops by the definition, on planted features, every setting, and in files."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from circuits.replacements.errors import ReplacementError
-from circuits.replacements.formats import qk_format
-from circuits.replacements.qk_diagonalization import QKDiagonalization, QKSettings
-from circuits.replacements.qk_figures import ablate, measure
-from circuits.replacements.qk_score import QKDictionary, QKHeads, Side, pattern_of
-
-sys.path.insert(0, str(Path(__file__).parent))
 from planted_qk import (
     PlantedQK,
     contexts,
@@ -25,6 +15,13 @@ from planted_qk import (
     plain_nmse,
     plain_pattern,
 )
+from torch import Tensor
+
+from circuits.replacements.errors import ReplacementError
+from circuits.replacements.formats import qk_format
+from circuits.replacements.qk_diagonalization import QKDiagonalization, QKSettings
+from circuits.replacements.qk_figures import ablate, measure
+from circuits.replacements.qk_score import QKDictionary, QKHeads, Side, pattern_of
 
 LENGTHS = [7, 5, 4]
 
@@ -241,16 +238,16 @@ def test_l1_makes_its_side_sparser() -> None:
 
 
 def test_pre_activation_penalty_keeps_features_alive() -> None:
-    """Features that never fire have no gradient but this penalty's: with it they come back, without they stay silent."""
+    """Features that never fire have no gradient but this penalty's: with it they come back, without not one does."""
     for weight, alive in ((0.0, 0), (0.1, 16)):
         data = PlantedQK(n=12, length=16)
         module = QKDiagonalization(0, 1, 1, 16, QKSettings(32, activation="relu", pre_activation=weight))
         module.train()
         module.calibrate([next(data)])
         with torch.no_grad():
-            module.b["query"][:16] = module.b["key"][:16] = -4.0
+            module.b["query"][:16] = module.b["key"][:16] = -6.0
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
-        for _ in range(80):
+        for _ in range(120):
             module.loss(next(data))[0].backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
