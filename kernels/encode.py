@@ -28,10 +28,10 @@ class Activation:
         `relu`: pre > 0. `jump_relu`: pre > threshold_F (Rajamanoharan et al. 2024, *Jumping Ahead*). `topk`: the k
         largest of each position (Gao et al. 2024). `batch_topk`: trained with the k T largest of a batch of T
         positions; used, as here, like `jump_relu` with the threshold that training has estimated (Bussmann et al.
-        2024, *BatchTopK*). `identity`: all. The value of an active feature is its pre-activation in all of these. `group_soft`, for features
-        of rank r, whose pre-activation is the length of a vector: pre > threshold_F, with the value pre - threshold_F
-        (the group soft threshold: the vector keeps its direction and loses so much of its length; Yuan & Lin 2006,
-        *Model selection and estimation in regression with grouped variables*).
+        2024, *BatchTopK*). `identity`: all. The value of an active feature is its pre-activation in all of these.
+        `group_soft`, for features of rank r, whose pre-activation is the length of a vector: pre > threshold_F, with
+        the value pre - threshold_F (the group soft threshold: the vector keeps its direction and loses so much of its
+        length; Yuan & Lin 2006, *Model selection and estimation in regression with grouped variables*).
     k
         For `topk`, and for the record for `batch_topk`.
     rectify

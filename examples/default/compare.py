@@ -1,11 +1,11 @@
-"""All kinds of replacement on the embedded default, side by side: the tables of the model card.
+"""All kinds of replacement on the embedded default, side by side, for the page that kinds_page.py writes.
 
-    python examples/default/compare.py --text ../shared/data/text --corpus build/corpus/held_out.jsonl \\
-        --out circuits/default --trained build/short
-    python examples/default/compare.py --text ../shared/data/text --corpus build/corpus/held_out.jsonl \\
-        --out circuits/default --graphs attention-sae clt mtc weakly-causal build/mctc/mctc
+    MEASURE="python examples/default/compare.py --text ../shared/data/text --corpus build/corpus/held_out.jsonl"
+    $MEASURE --out circuits/default --trained build/short build/mctc
+    $MEASURE --out circuits/default --graphs clt attention-sae mtc weakly-causal build/mctc
 
-Writes `comparison.json`; what stands there of other kinds and sets is kept. Every kind is measured on the same held-out documents, of at most 64 tokens.
+Writes `comparison.json`; what stands there of other kinds and sets is kept. Every kind is measured on the same held-out
+documents, of at most 64 tokens.
 """
 
 import argparse
@@ -76,7 +76,8 @@ def main() -> None:
     with torch.no_grad():
         for folder in folders:
             replacement = load_replacement(folder)
-            result["kinds"][str(folder.name)] = figures_of(replacement, documents)
+            name = folder.name if folder.parent == DEFAULT else f"{folder.name}, briefly"
+            result["kinds"][name] = figures_of(replacement, documents)
             for sae in replacement.dictionaries:
                 if sae.kind == "residual-sae":
                     for through in ("most", "all"):
