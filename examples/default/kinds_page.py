@@ -39,7 +39,7 @@ circuits train lorsa $SHORT --heads 512 --groups 16 --k 18 --steps 100 --lr 2e-3
 circuits train attention-layer $SHORT --steps 60 --lr 1e-3
 ```
 
-The two commands at the head of `examples/default/compare.py` measure, `examples/default/kinds_page.py` writes this page.
+The two commands at the head of `examples/default/compare.py` measure, `kinds_page.py` beside it writes this page.
 """
 
 
@@ -78,8 +78,8 @@ def write_page(folder: Path) -> None:
     """`KINDS.md` in the folder of the default, from `comparison.json` and the QK dictionaries there."""
     result = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     lines = [HEAD, *rows_of_kinds(result["kinds"]), "", "## Features of residual SAEs moved through heads", ""]
-    lines += ["The attention output that an SAE's features make when the heads of its layer carry them: each feature by"]
-    lines += ["the head that moves it most in a context, or all by all heads.", ""]
+    lines += ["The attention output that an SAE's features make when the heads of its layer carry them: each feature"]
+    lines += ["by the head that moves it most in a context, or all by all heads.", ""]
     lines += _header("SAE, heads", "normalized MSE", "L0")
     lines += [
         f"| {name} | {row['normalized_mse']:.3f} | {row['l0']:.1f} |" for name, row in result["moved_sae"].items()
