@@ -186,7 +186,7 @@ class Rows:
         assert targets.features is not None
         meets = (targets.features[:, None] == features) & (positions <= targets.positions[:, None])
         row, column = meets.nonzero(as_tuple=True)
-        return row, column, pair_loadings(self.linear, targets.take(row), positions[column], values[column]).sum(1)
+        return row, column, pair_loadings(self.linear, targets.take(row), positions[column], values[column]).sum(1).float()
 
     def stages(self, targets: Targets) -> Iterator[Stage]:
         """The covectors of targets on their way down to the cut below them, (B, n_keys, D), stage by stage."""
@@ -260,7 +260,7 @@ class Rows:
 
 
 def pair_loadings(linear: LinearizedModel, targets: Targets, positions: Tensor, values: Tensor) -> Tensor:
-    """What arrives at each query side from one key side of the same feature, (k, H + 1), head by head.
+    """What arrives at each query side from one key side of the same feature, (k, H + 1) float64, head by head.
 
         w_h = alpha_fh A_h[p, s] e . a_f[s]        e: the query side's reader; the identity is the last head
 
@@ -278,4 +278,4 @@ def pair_loadings(linear: LinearizedModel, targets: Targets, positions: Tensor, 
     moved = linear.recording.patterns[targets.attention_layer][:, targets.positions, positions].T
     moved = torch.cat([moved, (targets.positions == positions).to(moved).unsqueeze(1)], dim=1)
     loading = movement.weights.to(moved.device)[targets.features]
-    return moved * loading * (targets.carried * values).sum(1, keepdim=True)
+    return moved.double() * loading * (targets.carried.double() * values).sum(1, keepdim=True)

@@ -12,7 +12,8 @@ def move_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`moved[p, f] = sum_s P_f[p, s] values[s, f]` with `P_f = sum_h loading_fh A_h + loading_f,id I`.
 
-    Only features that are active somewhere are moved, so nothing of size T x F exists.
+    Only features that are active somewhere are moved, so nothing of size T x F exists. Summed in float64: loadings are
+    signed, and what heads carry may cancel.
 
     Parameters
     ----------
@@ -32,14 +33,15 @@ def move_features(
     """
     n_positions = pattern.shape[-1]
     unique, place = torch.unique(features, return_inverse=True)
-    wide = values.unsqueeze(-1) if values.ndim == 1 else values
+    wide = (values.unsqueeze(-1) if values.ndim == 1 else values).double()
+    loading, pattern = loading.double(), pattern.double()
     here = wide.new_zeros(n_positions, len(unique), wide.shape[-1])
     here[positions, place] = wide
     moved = here * loading[unique, -1].unsqueeze(-1)
     for head, weights in enumerate(pattern):
         moved += (weights @ here.flatten(1)).view_as(here) * loading[unique, head].unsqueeze(-1)
     at, which = moved.abs().amax(-1).nonzero(as_tuple=True)
-    arrived = moved[at, which]
+    arrived = moved[at, which].to(values)
     return at, unique[which], arrived.squeeze(-1) if values.ndim == 1 else arrived
 
 
