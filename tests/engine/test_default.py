@@ -112,3 +112,18 @@ def _attention(model, recording, layer: int, pattern, vector, key: int) -> torch
     value = (block.self_attn.v_proj.weight.float() @ normed).view(heads, width)
     z = pattern[:, :, key].T.unsqueeze(-1) * value
     return z.flatten(1) @ block.self_attn.o_proj.weight.float().T
+
+
+@pytest.mark.parametrize("name", ["mtc", "weakly-causal"])
+def test_other_embedded_replacements(name: str) -> None:
+    """What `--replacement NAME` loads traces the same prediction with a closed ledger, and heads add up to edges."""
+    graph = circuits.trace(circuits.load(None, name), PROMPTS[0], settings=circuits.TraceSettings(left_out=0.0))
+    assert graph.metadata["ledger"]["max_relative_gap"] < 1e-4
+    assert graph.nodes.label[np.nanargmax(graph.nodes.probability)] == " Mary"
+    total = np.bincount(graph.heads.edge, weights=graph.heads.weight.astype(np.float64), minlength=len(graph.edges))
+    named = np.isin(np.arange(len(graph.edges)), graph.heads.edge)
+    assert np.abs(total - graph.edges.weight)[named].max() < 1e-4 * np.abs(graph.edges.weight[named]).max()
+    kinds = set(graph.nodes.kind.tolist())
+    assert ({"mtc_key", "mtc_query"} <= kinds) == (name == "mtc")
+    into_query = np.isin(graph.nodes.kind[graph.edges.target], ["mtc_query"])
+    assert named[into_query].all()

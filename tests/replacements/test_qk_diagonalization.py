@@ -252,8 +252,8 @@ def test_pre_activation_penalty_keeps_features_alive() -> None:
             optimizer.step()
             optimizer.zero_grad()
         batch = next(data)
-        for side in module.to_qk_dictionary().features(batch["q.0:none"], batch["k.0:none"]):
-            assert int((side != 0).any(-1).flatten(0, 1).any(0)[:16].sum()) == alive
+        for values in module.to_qk_dictionary().features(batch["q.0:none"], batch["k.0:none"]):
+            assert int((values != 0).any(-1).flatten(0, 1).any(0)[:16].sum()) == alive
 
 
 def test_k_is_kept() -> None:
