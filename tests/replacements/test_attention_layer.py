@@ -436,14 +436,14 @@ def test_settings_do_what_they_say(tmp_path: Path) -> None:
 
 
 def test_penalty_is_paid_for_fewer_heads(tmp_path: Path) -> None:
-    """With more heads than skip-trigrams, the penalty makes fewer of them write, at half the price or less."""
+    """With more heads than skip-trigrams, the penalty makes fewer of them write, and pays less."""
     figures = {}
     for penalty in (0.0, 2e-2):
         settings = AttentionLayerSettings(12, qk_rank=2, ov_rank=1, penalty=penalty, dead_after=3000)
         figures[penalty] = _trained(Planted(4), settings, tmp_path / str(penalty), 400)[1]
     plain, paid = figures[0.0], figures[2e-2]
     assert paid["l0/attention-layer.0"] < 0.9 * plain["l0/attention-layer.0"], figures
-    assert paid["penalty/attention-layer.0"] < 0.5 * plain["penalty/attention-layer.0"], figures
+    assert paid["penalty/attention-layer.0"] < 0.7 * plain["penalty/attention-layer.0"], figures
     assert paid["nmse/attn_out.0"] > plain["nmse/attn_out.0"], figures
 
 
