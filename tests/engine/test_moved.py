@@ -363,7 +363,7 @@ def test_cross_entropy_of_the_replaced_model(name: str) -> None:
     runs: list[dict[str, bool]] = [{"keep": True}, {}, {"zero": True}]
     expected = [sum(Replaced(model, ids, **run).loss(ids) for ids in DOCUMENTS) / count for run in runs]
     assert (found.base, found.replaced) == pytest.approx(tuple(expected[:2]), rel=1e-4)
-    assert expected[0] != pytest.approx(expected[1], rel=1e-2)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
     assert found.ablated == pytest.approx(expected[2], rel=1e-4)
 
 
