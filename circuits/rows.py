@@ -186,7 +186,8 @@ class Rows:
         assert targets.features is not None
         meets = (targets.features[:, None] == features) & (positions <= targets.positions[:, None])
         row, column = meets.nonzero(as_tuple=True)
-        return row, column, pair_loadings(self.linear, targets.take(row), positions[column], values[column]).sum(1).float()
+        arrived = pair_loadings(self.linear, targets.take(row), positions[column], values[column]).sum(1)
+        return row, column, arrived.float()
 
     def stages(self, targets: Targets) -> Iterator[Stage]:
         """The covectors of targets on their way down to the cut below them, (B, n_keys, D), stage by stage."""
