@@ -98,6 +98,8 @@ def node_columns(traced: Traced) -> dict[str, np.ndarray]:
         "cumulative_influence": cumulative_influence(swept.influence),
         "target_weight": targets.start,
         "probability": joined(np.full(len(table), np.nan, dtype=np.float32), of_outputs("probabilities")),
+        "predicted": np.full(len(known), np.nan, dtype=np.float32),
+        "measured": np.full(len(known), np.nan, dtype=np.float32),
         "label": np.array(labels + of_outputs("labels"), dtype=np.str_),
     }
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
-from circuits.graph.tables import ID_PREFIXES, Booleans, Edges, Float32, Heads, Nodes
+from circuits.graph.tables import ID_PREFIXES, STAYS, Booleans, Edges, Float32, Heads, Nodes, Pairs, Scores
 
 if TYPE_CHECKING:
     import networkx
@@ -37,8 +37,14 @@ class Graph:
         nodes: The nodes, `n` rows.
         edges: The edges, `m` rows, at most one for a pair of nodes.
         heads: The head loadings, `k` rows, brought into the order of the edges.
-        patterns: (T, T) attention patterns, [query, key], by (layer, head), for the base model's heads in `heads`.
+        patterns: (T, T) attention patterns, [query, key], by (layer, head), for the base model's heads that `heads` and
+            the hop splits name.
         metadata: Anything that JSON can hold: versions, model, replacements, settings, scores, ledger, and so on.
+        first_hops: Edges through frozen attention split by the head that takes them away from the source's position.
+        last_hops: The same edges split by the head that brings them to the target's position. In both, `STAYS` is the
+            part that never leaves the position, `REST` the sum of what is too small to be listed; layer -1 for both.
+        scores: Attention scores that are explained, `c` rows.
+        pairs: What makes these scores.
 
     Raises:
         GraphError: The parts do not fit together.
@@ -53,6 +59,10 @@ class Graph:
     heads: Heads
     patterns: dict[tuple[int, int], Float32] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    first_hops: Heads = field(default_factory=Heads.empty)
+    last_hops: Heads = field(default_factory=Heads.empty)
+    scores: Scores = field(default_factory=Scores.empty)
+    pairs: Pairs = field(default_factory=Pairs.empty)
 
     def __post_init__(self) -> None:
         """Check that the parts fit together, and sort the loadings by edge."""
@@ -63,19 +73,32 @@ class Graph:
         _check_layers(self.nodes, self.n_layers)
         _in_range("Edges.source", self.edges.source, len(self.nodes), "the nodes")
         _in_range("Edges.target", self.edges.target, len(self.nodes), "the nodes")
-        _in_range("Heads.edge", self.heads.edge, len(self.edges), "the edges")
-        _in_range("Heads.key", self.heads.key, n_tokens, "the prompt's tokens")
-        _in_range("Heads.query", self.heads.query, n_tokens, "the prompt's tokens")
+        for name in ("heads", "first_hops", "last_hops"):
+            self._check_heads(name)
+        if len(self.heads.head) and self.heads.head.min() <= STAYS:
+            raise GraphError("Graph.heads has the entries of a hop split; put them into first_hops or last_hops.")
+        for side in ("query", "key"):
+            _in_range(f"Scores.{side}", getattr(self.scores, side), n_tokens, "the prompt's tokens")
+        _in_range("Pairs.key", self.pairs.key, n_tokens, "the prompt's tokens")
+        _in_range("Pairs.score", self.pairs.score, len(self.scores), "the scores")
         pairs = self.edges.target.astype(np.int64) * max(len(self.nodes), 1) + self.edges.source
         if (twice := len(pairs) - len(np.unique(pairs))) > 0:
             raise GraphError(f"Edges has {twice} pairs of nodes more than once; add their weights up to one edge.")
-        if np.any(np.diff(self.heads.edge) < 0):
-            object.__setattr__(self, "heads", self.heads.take(np.argsort(self.heads.edge, kind="stable")))
         for name, pattern in self.patterns.items():
             if name[1] < 0:
                 raise GraphError(f"Graph.patterns has head {name[1]} of layer {name[0]}; expected heads from 0 on.")
             if pattern.shape != (n_tokens, n_tokens):
                 raise GraphError(f"Graph.patterns{name} has shape {pattern.shape}; expected {(n_tokens, n_tokens)}.")
+
+    def _check_heads(self, name: str) -> None:
+        """Check the indices of a table of heads, and sort it by edge."""
+        heads: Heads = getattr(self, name)
+        n_tokens, shown = len(self.tokens), {"heads": "Heads"}.get(name, f"Graph.{name}")
+        _in_range(f"{shown}.edge", heads.edge, len(self.edges), "the edges")
+        _in_range(f"{shown}.key", heads.key, n_tokens, "the prompt's tokens")
+        _in_range(f"{shown}.query", heads.query, n_tokens, "the prompt's tokens")
+        if np.any(np.diff(heads.edge) < 0):
+            object.__setattr__(self, name, heads.take(np.argsort(heads.edge, kind="stable")))
 
     def node_ids(self) -> list[str]:
         """One name for each node, each name once.
@@ -121,15 +144,32 @@ class Graph:
         new_node = np.cumsum(node_mask, dtype=np.int32) - 1
         new_edge = np.cumsum(edge_mask, dtype=np.int32) - 1
         edges = self.edges.take(edge_mask)
-        heads = self.heads.take(edge_mask[self.heads.edge])
-        named = set(zip(heads.layer.tolist(), heads.head.tolist(), strict=True))
+        split = {}
+        for name in ("heads", "first_hops", "last_hops"):
+            rows: Heads = getattr(self, name)
+            rows = rows.take(edge_mask[rows.edge])
+            split[name] = dataclasses.replace(rows, edge=new_edge[rows.edge])
+        scores, pairs = self._explained(split["heads"], split["first_hops"], split["last_hops"])
+        named = {at for rows in split.values() for at in zip(rows.layer.tolist(), rows.head.tolist(), strict=True)}
         return dataclasses.replace(
             self,
             nodes=self.nodes.take(node_mask),
             edges=Edges(source=new_node[edges.source], target=new_node[edges.target], weight=edges.weight),
-            heads=dataclasses.replace(heads, edge=new_edge[heads.edge]),
             patterns={name: pattern for name, pattern in self.patterns.items() if name in named},
+            scores=scores,
+            pairs=pairs,
+            **split,
         )
+
+    def _explained(self, *tables: Heads) -> tuple[Scores, Pairs]:
+        """The explained scores that an entry of these tables names, and their pairs."""
+        columns = ("layer", "head", "query", "key")
+        named = {row for heads in tables for row in zip(*(getattr(heads, name).tolist() for name in columns))}
+        rows = zip(*(getattr(self.scores, name).tolist() for name in columns))
+        kept = np.array([row in named for row in rows], dtype=np.bool_)
+        number = np.cumsum(kept, dtype=np.int32) - 1
+        pairs = self.pairs.take(kept[self.pairs.score]) if len(kept) else self.pairs
+        return self.scores.take(kept), dataclasses.replace(pairs, score=number[pairs.score])
 
     def prune(
         self, node_threshold: float = 0.8, edge_threshold: float = 0.98, max_feature_nodes: int | None = None

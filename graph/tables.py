@@ -49,7 +49,16 @@ ID_PREFIXES = {
 # Heads that the base layer does not have: the identity of a multitoken transcoder, and a feature's own pattern.
 IDENTITY_HEAD = -1
 OWN_HEAD = -2
-SPECIAL_HEADS = {IDENTITY_HEAD: "id", OWN_HEAD: "own"}
+# In hop splits alone: the part of an edge that never leaves its position, and the sum of hops too small to be listed.
+STAYS = -3
+REST = -4
+SPECIAL_HEADS = {IDENTITY_HEAD: "id", OWN_HEAD: "own", STAYS: "stays", REST: "rest"}
+# What stands in a pair of a QK attribution where there is no node: biases, position embeddings, and what the features
+# and errors of a special first position write.
+NAMED_CONSTANTS = ("bias", "position", "first")
+# What a row of `Pairs` tells: a part of the score, of `log A` against the other keys, one side's sum over the other
+# side, or a trained QK feature's part of its score.
+PAIR_FORMS = ("score", "relative", "query", "key", "qk_feature")
 
 Strings: TypeAlias = npt.NDArray[np.str_]
 Booleans: TypeAlias = npt.NDArray[np.bool_]
@@ -71,6 +80,8 @@ NODE_COLUMNS: dict[str, type[np.generic]] = {
     "cumulative_influence": np.float64,
     "target_weight": np.float64,
     "probability": np.float32,
+    "predicted": np.float32,
+    "measured": np.float32,
     "label": np.str_,
 }
 EDGE_COLUMNS: dict[str, type[np.generic]] = {"source": np.int32, "target": np.int32, "weight": np.float32}
@@ -80,6 +91,25 @@ HEAD_COLUMNS: dict[str, type[np.generic]] = {
     "head": np.int32,
     "key": np.int32,
     "query": np.int32,
+    "weight": np.float32,
+}
+SCORE_COLUMNS: dict[str, type[np.generic]] = {
+    "layer": np.int32,
+    "head": np.int32,
+    "query": np.int32,
+    "key": np.int32,
+    "owner": np.str_,
+    "score": np.float32,
+    "attention": np.float32,
+    "relative": np.float32,
+    "gap": np.float32,
+}
+PAIR_COLUMNS: dict[str, type[np.generic]] = {
+    "score": np.int32,
+    "form": np.str_,
+    "query_node": np.str_,
+    "key_node": np.str_,
+    "key": np.int32,
     "weight": np.float32,
 }
 
@@ -173,6 +203,8 @@ class Nodes(_Table):
             full graph: near 0 for the strongest, 1 for the weakest.
         target_weight: The influence that a target starts with (a logit's probability), 0 for other nodes.
         probability: Probability of a logit's token, nan elsewhere.
+        predicted: Change of the target when this node is ablated, as the graph predicts it; nan where not tested.
+        measured: The same change as it was measured in the base model; nan where not tested.
         label: Text of a token, "" for features and errors.
 
     Raises:
@@ -191,6 +223,8 @@ class Nodes(_Table):
     cumulative_influence: Float64
     target_weight: Float64
     probability: Float32
+    predicted: Float32
+    measured: Float32
     label: Strings
 
     def __post_init__(self) -> None:
@@ -276,11 +310,9 @@ class Heads(_Table):
         self._freeze(HEAD_COLUMNS)
         if bad := int(np.count_nonzero(~np.isfinite(self.weight))):
             raise GraphError(f"Heads.weight has {bad} values that are not finite; the model or a replacement has NaNs.")
-        if (unknown := self.head[self.head < OWN_HEAD]).size:
-            raise GraphError(
-                f"Heads.head has {unknown[0]}; expected a head's index, {IDENTITY_HEAD} for the identity or {OWN_HEAD} "
-                "for a feature's own pattern."
-            )
+        if (unknown := self.head[self.head < REST]).size:
+            known = ", ".join(f"{head} ({name})" for head, name in SPECIAL_HEADS.items())
+            raise GraphError(f"Heads.head has {unknown[0]}; expected a head's index, or {known}.")
 
     @classmethod
     def empty(cls) -> Heads:
@@ -298,3 +330,81 @@ class Heads(_Table):
         columns = list(zip(*rows, strict=True)) if rows else [()] * len(HEAD_COLUMNS)
         named = zip(HEAD_COLUMNS.items(), columns, strict=True)
         return cls(**{name: np.array(values, dtype=dtype) for (name, dtype), values in named})
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(_Table):
+    """Attention scores that are explained; every column has shape (c,).
+
+    Attributes:
+        layer: Layer of the head.
+        head: Index of the head in its layer, or `OWN_HEAD`.
+        query: Position that looks.
+        key: Position that is looked at.
+        owner: For `OWN_HEAD` the id of the feature whose pattern it is, "" for the base model's heads.
+        score: The recorded score, its scale and a soft cap's secant included.
+        attention: The attention `A[query, key]` that the softmax makes of it.
+        relative: `log A[query, key] - sum_k A[query, k] log A[query, k]`: how far this key beats the others.
+        gap: The ledger's relative gap, the worse of the two forms.
+
+    Raises:
+        GraphError: A column is misshapen or of the wrong type.
+    """
+
+    layer: Int32
+    head: Int32
+    query: Int32
+    key: Int32
+    owner: Strings
+    score: Float32
+    attention: Float32
+    relative: Float32
+    gap: Float32
+
+    def __post_init__(self) -> None:
+        """Bring every column to its type."""
+        self._freeze(SCORE_COLUMNS)
+
+    @classmethod
+    def empty(cls) -> Scores:
+        """No scores."""
+        return cls(**{name: np.zeros(0, dtype=dtype) for name, dtype in SCORE_COLUMNS.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs(_Table):
+    """The strongest parts of explained scores; every column has shape (p,).
+
+    Nodes are named as `Graph.node_ids` names them, those that pruning left out too, or by `NAMED_CONSTANTS`.
+
+    Attributes:
+        score: Index of the score in `Scores`.
+        form: One of `PAIR_FORMS`: "score" for a part of the score, "relative" for a part of `Scores.relative`; "query"
+            and "key" for a node's sum over all partners of the other side, which is then ""; "qk_feature" for a
+            feature of a trained QK diagonalization, named on both sides, such as "qk.1/37".
+        query_node: What is on the query side.
+        key_node: What is on the key side.
+        key: Position of the key side; in the relative form also that of another key than the score's.
+        weight: What the pair adds.
+
+    Raises:
+        GraphError: A column is misshapen or of the wrong type, or a form is unknown.
+    """
+
+    score: Int32
+    form: Strings
+    query_node: Strings
+    key_node: Strings
+    key: Int32
+    weight: Float32
+
+    def __post_init__(self) -> None:
+        """Bring every column to its type and check the forms."""
+        self._freeze(PAIR_COLUMNS)
+        if unknown := set(np.unique(self.form).tolist()) - set(PAIR_FORMS):
+            raise GraphError(f"Pairs.form has {sorted(unknown)}; expected only {', '.join(PAIR_FORMS)}.")
+
+    @classmethod
+    def empty(cls) -> Pairs:
+        """No pairs."""
+        return cls(**{name: np.zeros(0, dtype=dtype) for name, dtype in PAIR_COLUMNS.items()})
