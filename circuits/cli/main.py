@@ -9,6 +9,10 @@ from circuits import __version__
 
 _COMMANDS = {
     "trace": ("circuits.cli.trace", "Trace a prompt to a pruned attribution graph."),
+    "explain": ("circuits.cli.explain", "Say what a node reads, what an edge carries, and why heads looked there."),
+    "intervene": ("circuits.cli.intervene", "Change features or attention patterns and see what the model then says."),
+    "verify": ("circuits.cli.verify", "Test a graph's predictions by interventions."),
+    "partners": ("circuits.cli.partners", "List the features that a feature meets whatever the prompt."),
     "show": ("circuits.cli.show", "Show a saved graph as tables."),
     "render": ("circuits.cli.render", "Write a saved graph as SVG, DOT, GraphML, JSON or npz."),
     "info": ("circuits.cli.info", "Describe a model or a replacement."),
