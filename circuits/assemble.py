@@ -104,8 +104,8 @@ def node_columns(traced: Traced) -> dict[str, np.ndarray]:
     }
 
 
-def with_heads(graph: Graph, sweep: Sweep) -> Graph:
-    """The graph with the head loadings of its edges, and the patterns of the heads that they name."""
+def table_numbers(graph: Graph, sweep: Sweep) -> np.ndarray:
+    """(nodes of the graph,) where each stands in the sweep's table, or among the output targets after it."""
     nodes, table, linear = graph.nodes, sweep.table, sweep.linear
     names = [dictionary.name for dictionary in linear.dictionaries] + [""]
     sources = zip(table.kind, (names[i] for i in table.dictionary), table.layer, table.position, table.feature)
@@ -120,7 +120,12 @@ def with_heads(graph: Graph, sweep: Sweep) -> Graph:
         ("logit", label, key[3], key[4]) if key[0] == "logit" else key
         for label, *key in zip(nodes.label.tolist(), *columns)
     ]
-    number = np.array([place[tuple(key)] for key in keys], dtype=np.int64)
+    return np.array([place[tuple(key)] for key in keys], dtype=np.int64)
+
+
+def with_heads(graph: Graph, sweep: Sweep) -> Graph:
+    """The graph with the head loadings of its edges, and the patterns of the heads that they name."""
+    linear, number = sweep.linear, table_numbers(graph, sweep)
     loadings = head_loadings(sweep, number[graph.edges.source], number[graph.edges.target])
     heads = Heads(
         edge=loadings.edge,

@@ -57,12 +57,10 @@ def trace(
     """
     settings = settings or TraceSettings()
     prepared = prompt if isinstance(prompt, Prompt) else prepare(model.base, prompt)
-    recording = record(model.base, torch.tensor(prepared.token_ids, device=model.base.device))
-    linear = LinearizedModel(model.base, model.replacements, recording)
-    table = build_nodes(linear, first_is_special=prepared.first_is_special)
-    wanted = expand(linear, [TopTokens()] if targets is None else targets)
-    listed = _target_list(linear, table, prepared, wanted)
-    sweep = Sweep(linear, table, listed)
+    if targets is not None and not targets:
+        raise CircuitsError("no target was given; leave targets out for the top tokens")
+    sweep = lay_out(model, prepared, [TopTokens()] if targets is None else targets)
+    linear, table, listed = sweep.linear, sweep.table, sweep.targets
     if settings.unpruned:
         collected = _Edges()
         swept = sweep.run(0.0, on_rows=collected.add, progress=progress)
@@ -78,6 +76,15 @@ def trace(
     if not settings.unpruned:
         graph = prune_edges(graph, settings.edge_threshold)
     return with_heads(graph, sweep)
+
+
+@torch.no_grad()
+def lay_out(model: Model, prompt: Prompt, targets: Sequence[Target]) -> Sweep:
+    """Everything that comes before the sweep: record, linearize, encode, choose targets (which may be none)."""
+    recording = record(model.base, torch.tensor(prompt.token_ids, device=model.base.device))
+    linear = LinearizedModel(model.base, model.replacements, recording)
+    table = build_nodes(linear, first_is_special=prompt.first_is_special)
+    return Sweep(linear, table, _target_list(linear, table, prompt, expand(linear, targets)))
 
 
 class _Edges:
@@ -108,8 +115,6 @@ class _Edges:
 
 
 def _target_list(linear: LinearizedModel, table: NodeTable, prompt: Prompt, targets: Sequence[Target]) -> TargetList:
-    if not targets:
-        raise CircuitsError("no target was given; leave targets out for the top tokens")
     outputs = output_readers(linear, prompt, targets)
     weights = [weight for readers in outputs for weight in readers.weights]
     start = np.concatenate([np.zeros(len(table)), weights])
