@@ -73,7 +73,7 @@ def _keeper(kept: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
 def _hook(model: BaseModel, site: str, norm: str, keep: Callable[[Tensor], None], handles: list[Any]) -> None:
     name, _, layer = site.partition(".")
     family, block = model.family, model.blocks[int(layer)]
-    outputs = {"attn_out": family.attention, "mlp_out": family.mlp}
+    outputs = {"attn_out": family.attention_out, "mlp_out": family.mlp_out}
     inputs = {"resid_pre": family.attention_norm, "resid_mid": family.mlp_norm, "z": family.attention_output}
     if norm == "scale":
         raise CircuitsError(f"training on {site}:scale is not supported; use the norm 'full' or 'none'")

@@ -3,7 +3,7 @@
 Paths are attribute paths: of the causal LM for the whole-model parts, of one block for the parts of a block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal, cast
 
@@ -16,7 +16,12 @@ from circuits.errors import CircuitsError
 class Family:
     """The parts of one architecture.
 
-    `value` may be a fused projection: `value_part = (i, n)` takes the i-th of n equal parts of its outputs.
+    `query`, `key` and `value` may be one fused projection. With the layout "parts", `query_part = (i, n)` takes the i-th
+    of n equal parts of its outputs; with "heads" the same within each head.
+
+    `gain_offset` is added to the weight of every norm to give its gain. `attention_post_norm` and `mlp_post_norm` stand
+    between a sublayer and the stream. `parallel` names the setting of the configuration that says whether attention and
+    MLP of a block read the same stream.
     """
 
     model_type: str
@@ -26,14 +31,36 @@ class Family:
     final_norm: str
     attention_norm: str
     attention: str
+    query: str
+    key: str
     value: str
     attention_output: str
     mlp_norm: str
     mlp: str
     norm: Literal["layer", "rms"]
     position_embedding: str | None = None
+    rotary: str | None = None
+    query_part: tuple[int, int] = (0, 1)
+    key_part: tuple[int, int] = (0, 1)
     value_part: tuple[int, int] = (0, 1)
+    fused: Literal["parts", "heads"] = "parts"
+    query_norm: str | None = None
+    key_norm: str | None = None
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    gain_offset: float = 0.0
+    parallel: str | None = None
     unembedding: str = "lm_head"
+
+    @property
+    def attention_out(self) -> str:
+        """The module of a block whose output attention adds to the stream."""
+        return self.attention_post_norm or self.attention
+
+    @property
+    def mlp_out(self) -> str:
+        """The module of a block whose output the MLP adds to the stream."""
+        return self.mlp_post_norm or self.mlp
 
 
 GPT2 = Family(
@@ -45,7 +72,11 @@ GPT2 = Family(
     final_norm="transformer.ln_f",
     attention_norm="ln_1",
     attention="attn",
+    query="attn.c_attn",
+    key="attn.c_attn",
     value="attn.c_attn",
+    query_part=(0, 3),
+    key_part=(1, 3),
     value_part=(2, 3),
     attention_output="attn.c_proj",
     mlp_norm="ln_2",
@@ -57,10 +88,13 @@ LLAMA = Family(
     model_type="llama",
     trunk="model",
     embedding="model.embed_tokens",
+    rotary="model.rotary_emb",
     blocks="model.layers",
     final_norm="model.norm",
     attention_norm="input_layernorm",
     attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
     value="self_attn.v_proj",
     attention_output="self_attn.o_proj",
     mlp_norm="post_attention_layernorm",
@@ -68,7 +102,41 @@ LLAMA = Family(
     norm="rms",
 )
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA)}
+QWEN3 = replace(LLAMA, model_type="qwen3", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+
+GEMMA2 = replace(
+    LLAMA,
+    model_type="gemma2",
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    gain_offset=1.0,
+)
+
+GPT_NEOX = Family(
+    model_type="gpt_neox",
+    trunk="gpt_neox",
+    embedding="gpt_neox.embed_in",
+    rotary="gpt_neox.rotary_emb",
+    blocks="gpt_neox.layers",
+    final_norm="gpt_neox.final_layer_norm",
+    attention_norm="input_layernorm",
+    attention="attention",
+    query="attention.query_key_value",
+    key="attention.query_key_value",
+    value="attention.query_key_value",
+    query_part=(0, 3),
+    key_part=(1, 3),
+    value_part=(2, 3),
+    fused="heads",
+    attention_output="attention.dense",
+    mlp_norm="post_attention_layernorm",
+    mlp="mlp",
+    norm="layer",
+    parallel="use_parallel_residual",
+)
+
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3, GEMMA2, GPT_NEOX)}
 
 
 def family_of(model_type: str, name: str) -> Family:

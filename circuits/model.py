@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from circuits.errors import CircuitsError
 from circuits.families import Family, family_of, linear_parameters, norm_epsilon, part
+from circuits.score_weights import Rotary, ScoreWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,24 +102,94 @@ class BaseModel:
         rotary = getattr(config, "rope_parameters", None)
         return None if rotary is None else float(rotary["rope_theta"])
 
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a block read the same stream."""
+        return self.family.parallel is not None and bool(getattr(self.lm.config, self.family.parallel))
+
+    @property
+    def final_soft_cap(self) -> float | None:
+        """The logits are `cap tanh(logit / cap)`; None without a cap."""
+        cap = getattr(self.lm.config, "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
     def attention_weights(self, layer: int) -> AttentionWeights:
         """Value and output weights of one layer, split by head."""
-        shape, block = self.shape, self.blocks[layer]
-        w_v, b_v = linear_parameters(part(block, self.family.value))
-        index, parts = self.family.value_part
-        rows = slice(index * (w_v.shape[0] // parts), (index + 1) * (w_v.shape[0] // parts))
-        w_o, b_o = linear_parameters(part(block, self.family.attention_output))
+        shape = self.shape
+        w_v, b_v = self._projection(layer, self.family.value, self.family.value_part, shape.n_kv_heads)
+        w_o, b_o = linear_parameters(part(self.blocks[layer], self.family.attention_output))
         return AttentionWeights(
-            w_v=w_v[rows].float().reshape(shape.n_kv_heads, shape.d_head, shape.d_model),
-            b_v=None if b_v is None else b_v[rows].float().reshape(shape.n_kv_heads, shape.d_head),
+            w_v=w_v,
+            b_v=b_v,
             w_o=w_o.T.float().reshape(shape.n_heads, shape.d_head, shape.d_model),
             b_o=None if b_o is None else b_o.float(),
         )
 
+    def score_weights(self, layer: int) -> ScoreWeights:
+        """Query and key weights of one layer, split by head, and what stands between them and the score."""
+        shape, family = self.shape, self.family
+        attention: Any = part(self.blocks[layer], family.attention)
+        w_q, b_q = self._projection(layer, family.query, family.query_part, shape.n_heads)
+        w_k, b_k = self._projection(layer, family.key, family.key_part, shape.n_kv_heads)
+        cap = getattr(self.lm.config, "attn_logit_softcapping", None)
+        window = getattr(attention, "sliding_window", None)
+        return ScoreWeights(
+            w_q=w_q,
+            b_q=b_q,
+            w_k=w_k,
+            b_k=b_k,
+            query_norm=self._head_norm(layer, family.query_norm),
+            key_norm=self._head_norm(layer, family.key_norm),
+            scale=float(attention.scaling),
+            soft_cap=None if cap is None else float(cap),
+            window=None if window is None else int(window),
+            rotary=self.rotary,
+        )
+
+    @cached_property
+    def rotary(self) -> Rotary | None:
+        """The model's own rotary tables, over its context."""
+        if self.family.rotary is None:
+            return None
+        positions = torch.arange(self.shape.context, device=self.device)
+        module: Any = part(self.lm, self.family.rotary)
+        cos, sin = module(torch.zeros(1, device=self.device), positions[None])
+        return Rotary(cos[0].float(), sin[0].float())
+
+    def value_columns(self) -> Tensor:
+        """(K x E,) which outputs of the module `family.value` are values."""
+        shape = self.shape
+        index, parts = self.family.value_part
+        rows = torch.arange(parts * shape.n_kv_heads * shape.d_head)
+        if self.family.fused == "heads":
+            return rows.view(shape.n_kv_heads, parts, shape.d_head)[:, index].flatten()
+        return rows.view(parts, -1)[index]
+
+    def _projection(
+        self, layer: int, path: str, chosen: tuple[int, int], n_heads: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight (n_heads, E, D) and bias (n_heads, E) of queries, keys or values, in float32."""
+        weight, bias = linear_parameters(part(self.blocks[layer], path))
+        index, parts = chosen
+        width = self.shape.d_head
+
+        def split(values: Tensor) -> Tensor:
+            if self.family.fused == "heads":
+                return values.float().unflatten(0, (n_heads, parts, width))[:, index]
+            return values.float().chunk(parts)[index].unflatten(0, (n_heads, width))
+
+        return split(weight), None if bias is None else split(bias)
+
+    def _head_norm(self, layer: int, path: str | None) -> tuple[Tensor, float] | None:
+        if path is None:
+            return None
+        gain, _, epsilon = self.norm_parameters(part(self.blocks[layer], path))
+        return gain, epsilon
+
     def norm_parameters(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
         """Gain (D,), bias (D,) or None, and epsilon of a norm, in float32."""
         bias = cast("Tensor | None", getattr(module, "bias", None))
-        gain = cast(Tensor, module.weight).float()
+        gain = cast(Tensor, module.weight).float() + self.family.gain_offset
         return gain, None if bias is None else bias.float(), norm_epsilon(module)
 
     @cached_property

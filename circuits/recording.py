@@ -3,7 +3,8 @@
 Shapes: L layers, S positions, D model width, H query heads, E head width.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from circuits.errors import CircuitsError
+from circuits.capturing import capturing
 from circuits.families import part
 from circuits.model import BaseModel
 from circuits.replacements.sites import ReadSite
@@ -42,7 +43,12 @@ class NormRecord:
 
 @dataclass(frozen=True)
 class Recording:
-    """All of one forward pass, in float32: streams (L, S, D), patterns (L, H, S, S) as [query, key], norms."""
+    """All of one forward pass, in float32: streams (L, S, D), patterns (L, H, S, S) as [query, key], norms.
+
+    `queries` (L, S, H, E) and `keys` (L, S, K, E) are what the score is the product of: after their norms and rotary
+    position, the score's scale in the queries, before a soft cap. `attn_out` and `mlp_out` are what is added to the
+    stream; where a post-norm stands before that, `attention_post_norms` and `mlp_post_norms` have it.
+    """
 
     token_ids: Tensor
     embedding: Tensor
@@ -52,10 +58,14 @@ class Recording:
     mlp_out: Tensor
     z: Tensor
     patterns: Tensor
+    queries: Tensor
+    keys: Tensor
     attention_norms: tuple[NormRecord, ...]
     mlp_norms: tuple[NormRecord, ...]
     final_norm: NormRecord
     resid_final: Tensor
+    attention_post_norms: tuple[NormRecord, ...] = ()
+    mlp_post_norms: tuple[NormRecord, ...] = ()
 
     @property
     def n_positions(self) -> int:
@@ -87,55 +97,62 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
     whatever the weights are stored in.
     """
     family, blocks = model.family, model.blocks
-    kept: dict[str, list[Tensor]] = {
-        name: [] for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z", "patterns")
-    }
-    final: list[Tensor] = []
+    kept: dict[str, list[Tensor]] = defaultdict(list)
     handles = []
 
-    def before(module: nn.Module, keep: Callable[[Tensor], None]) -> None:
-        handles.append(module.register_forward_pre_hook(lambda _, args, kwargs: keep(_first(args, kwargs)),
-                                                        with_kwargs=True))  # fmt: skip
-
-    for block in blocks:
-        before(block, lambda x: kept["resid_pre"].append(x[0].clone()))
-        before(part(block, family.attention_output), lambda x: kept["z"].append(x[0].clone()))
-        before(part(block, family.mlp_norm), lambda x: kept["resid_mid"].append(x[0].clone()))
-
-        def keep_attention(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
-            if output[1] is None:
-                raise CircuitsError(
-                    f"{model.name} gave no attention patterns; load it with attn_implementation='eager'"
-                )
-            kept["attn_out"].append(output[0][0].clone())
-            kept["patterns"].append(output[1][0].clone())
-
-        handles.append(part(block, family.attention).register_forward_hook(keep_attention))
+    def before(module: nn.Module, name: str) -> None:
         handles.append(
-            part(block, family.mlp).register_forward_hook(
-                lambda _, __, output: kept["mlp_out"].append((output[0] if output.ndim == 3 else output).clone())
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: kept[name].append(_first(args, kwargs)[0].clone()), with_kwargs=True
             )
         )
-    before(part(model.lm, family.final_norm), lambda x: final.append(x[0].clone()))
+
+    def after(module: nn.Module, name: str) -> None:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            kept[name].append((output[0] if output.ndim == 3 else output).clone())
+
+        handles.append(module.register_forward_hook(keep))
+
+    for block in blocks:
+        before(block, "resid_pre")
+        before(part(block, family.attention_output), "z")
+        before(part(block, family.mlp_norm), "resid_mid")
+        after(part(block, family.attention_out), "attn_out")
+        after(part(block, family.mlp_out), "mlp_out")
+        for path in filter(None, (family.attention_post_norm, family.mlp_post_norm)):
+            before(part(block, path), path)
+    before(part(model.lm, family.final_norm), "final")
+    inside: dict[str, Tensor] = {}
     embedding_module = part(model.lm, family.embedding)
+    wanted = [f"{name}.{layer}" for name in ("q", "k", "pattern") for layer in range(len(blocks))]
     try:
-        with cast_up(model):
+        with cast_up(model), capturing(model, wanted, inside):
             embedding = embedding_module(token_ids[None]).float()
             output = part(model.lm, family.trunk)(inputs_embeds=embedding, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    stacked = {name: torch.stack(values) for name, values in kept.items()}
-    norms = [
-        [_norm(model, part(block, path), x) for block, x in zip(blocks, stacked[site], strict=True)]
-        for path, site in ((family.attention_norm, "resid_pre"), (family.mlp_norm, "resid_mid"))
-    ]
+    shape = model.shape
+    stacked = {name: torch.stack(kept[name]) for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z")}
+    for name, site, heads in (("queries", "q", shape.n_heads), ("keys", "k", shape.n_kv_heads)):
+        layers = [inside[f"{site}.{layer}"][0].unflatten(-1, (heads, -1)) for layer in range(len(blocks))]
+        stacked[name] = torch.stack(layers)
+
+    def norms(path: str | None, inputs: Iterable[Tensor]) -> tuple[NormRecord, ...]:
+        if path is None:
+            return ()
+        return tuple(_norm(model, part(block, path), x) for block, x in zip(blocks, inputs, strict=True))
+
     return Recording(
         token_ids=token_ids,
         embedding=embedding[0],
-        attention_norms=tuple(norms[0]),
-        mlp_norms=tuple(norms[1]),
-        final_norm=_norm(model, part(model.lm, family.final_norm), final[0]),
+        patterns=torch.stack([inside[f"pattern.{layer}"][0] for layer in range(len(blocks))]),
+        attention_norms=norms(family.attention_norm, stacked["resid_pre"]),
+        mlp_norms=norms(family.mlp_norm, stacked["resid_mid"]),
+        attention_post_norms=norms(family.attention_post_norm, kept[family.attention_post_norm or ""]),
+        mlp_post_norms=norms(family.mlp_post_norm, kept[family.mlp_post_norm or ""]),
+        final_norm=_norm(model, part(model.lm, family.final_norm), kept["final"][0]),
         resid_final=output.last_hidden_state[0].float(),
         **stacked,
     )

@@ -142,9 +142,9 @@ class ReplacedRun:
                 elif Site("v", layer) in sites:
                     handles.append(part(block, family.value).register_forward_hook(self._value_hook(layer)))
                 elif attention in sites:
-                    handles.append(part(block, family.attention).register_forward_hook(self._output_hook(attention)))
+                    handles.append(part(block, family.attention_out).register_forward_hook(self._output_hook(attention)))
                 if mlp in sites:
-                    handles.append(part(block, family.mlp).register_forward_hook(self._output_hook(mlp)))
+                    handles.append(part(block, family.mlp_out).register_forward_hook(self._output_hook(mlp)))
             try:
                 yield
             finally:
@@ -185,11 +185,9 @@ class ReplacedRun:
         return lambda _, args: (self._changed(site, args[0]), *args[1:])
 
     def _value_hook(self, layer: int) -> Callable[..., Any]:
-        index, parts = self.model.family.value_part
+        columns = self.model.value_columns()
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            width = output.shape[-1] // parts
-            columns = slice(index * width, (index + 1) * width)
             output = output.clone()
             output[..., columns] = self._changed(Site("v", layer), output[..., columns])
             return output

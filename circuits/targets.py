@@ -121,7 +121,8 @@ def expand(linear: LinearizedModel, targets: Sequence[Target]) -> list[Target]:
 
 def output_probabilities(linear: LinearizedModel, position: int) -> Tensor:
     """Probabilities (V,) of the next token at a position."""
-    return linear.recording.logits(linear.model, position).softmax(-1)
+    logits, cap = linear.recording.logits(linear.model, position), linear.model.final_soft_cap
+    return (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
 
 
 def output_readers(linear: LinearizedModel, prompt: Prompt, targets: Sequence[Target]) -> list[Readers]:

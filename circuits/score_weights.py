@@ -1,0 +1,66 @@
+"""Query and key weights of one layer, and what the family does between them and the attention score.
+
+    score[p, s] = cap(scale (R_p norm(W_Q x + b_Q)) . (R_s norm(W_K x + b_K)))
+
+Shapes: H query heads, K key-value heads, E head width, R of its dimensions that turn, D model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Tables (S, R) of a rotary position embedding; pairs (i, i + R / 2) of the first R dimensions turn."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreWeights:
+    """One layer's weights in float32.
+
+    w_q, b_q, w_k, b_k
+        (H, E, D), (H, E), (K, E, D), (K, E); biases None where the family has none.
+    query_norm, key_norm
+        Gain (E,) and epsilon of an RMS norm over each head's query and key, where the family has them.
+    scale
+        Of the product.
+    soft_cap
+        The score is `cap tanh(score / cap)`.
+    window
+        A query sees so many keys, itself included.
+    rotary
+        None without a rotary position embedding.
+    """
+
+    w_q: Tensor
+    b_q: Tensor | None
+    w_k: Tensor
+    b_k: Tensor | None
+    query_norm: tuple[Tensor, float] | None
+    key_norm: tuple[Tensor, float] | None
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    rotary: Rotary | None
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary position embedding of x (..., n, E) at positions (n,)."""
+        return self._turned(x, positions, 1.0)
+
+    def turn_back(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The transpose of `turn`."""
+        return self._turned(x, positions, -1.0)
+
+    def _turned(self, x: Tensor, positions: Tensor, sign: float) -> Tensor:
+        if self.rotary is None:
+            return x
+        cos, sin = self.rotary.cos[positions], self.rotary.sin[positions] * sign
+        width = cos.shape[-1]
+        a, b = x[..., :width].chunk(2, dim=-1)
+        turned = x[..., :width] * cos + torch.cat([-b, a], dim=-1) * sin
+        return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
