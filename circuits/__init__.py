@@ -11,6 +11,7 @@ if (_checkout := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml")
 
 if TYPE_CHECKING:
     from circuits.errors import CircuitsError
+    from circuits.explaining import Explanation, explain
     from circuits.graph import Graph, GraphError
     from circuits.loading import Model, load
     from circuits.replacements.errors import ReplacementError
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CircuitsError",
     "Direction",
+    "Explanation",
     "FeatureTarget",
     "Graph",
     "GraphError",
@@ -33,6 +35,7 @@ __all__ = [
     "TopTokens",
     "TraceSettings",
     "__version__",
+    "explain",
     "load",
     "trace",
 ]
@@ -41,6 +44,7 @@ __all__ = [
 _HOMES = {
     "CircuitsError": "circuits.errors",
     "Direction": "circuits.targets",
+    "Explanation": "circuits.explaining",
     "FeatureTarget": "circuits.targets",
     "Graph": "circuits.graph",
     "GraphError": "circuits.graph",
@@ -50,6 +54,7 @@ _HOMES = {
     "TokenTarget": "circuits.targets",
     "TopTokens": "circuits.targets",
     "TraceSettings": "circuits.settings",
+    "explain": "circuits.explaining",
     "load": "circuits.loading",
     "trace": "circuits.tracing",
 }

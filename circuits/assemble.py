@@ -1,7 +1,7 @@
-"""From what a sweep found to a `Graph`: node columns, edges, head loadings, patterns and metadata."""
+"""From what a sweep found to a `Graph`: node columns, edges, head loadings, hop splits, patterns and metadata."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -9,9 +9,10 @@ import numpy as np
 
 from circuits import __version__
 from circuits.graph import KINDS, Edges, Graph, Heads, Nodes, cumulative_influence
+from circuits.hops import hop_splits
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
-from circuits.loadings import head_loadings
+from circuits.loadings import Loadings, head_loadings
 from circuits.nodes import NodeTable
 from circuits.prompt import Prompt, token_texts
 from circuits.settings import TraceSettings
@@ -105,7 +106,8 @@ def node_columns(traced: Traced) -> dict[str, np.ndarray]:
 
 
 def table_numbers(graph: Graph, sweep: Sweep) -> np.ndarray:
-    """(nodes of the graph,) where each stands in the sweep's table, or among the output targets after it."""
+    """(nodes of the graph,) where each stands in the sweep's table, or among the output targets after it; -1 where it
+    does not."""
     nodes, table, linear = graph.nodes, sweep.table, sweep.linear
     names = [dictionary.name for dictionary in linear.dictionaries] + [""]
     sources = zip(table.kind, (names[i] for i in table.dictionary), table.layer, table.position, table.feature)
@@ -120,26 +122,33 @@ def table_numbers(graph: Graph, sweep: Sweep) -> np.ndarray:
         ("logit", label, key[3], key[4]) if key[0] == "logit" else key
         for label, *key in zip(nodes.label.tolist(), *columns)
     ]
-    return np.array([place[tuple(key)] for key in keys], dtype=np.int64)
+    return np.array([place.get(tuple(key), -1) for key in keys], dtype=np.int64)
 
 
 def with_heads(graph: Graph, sweep: Sweep) -> Graph:
     """The graph with the head loadings of its edges, and the patterns of the heads that they name."""
-    linear, number = sweep.linear, table_numbers(graph, sweep)
+    number = table_numbers(graph, sweep)
     loadings = head_loadings(sweep, number[graph.edges.source], number[graph.edges.target])
-    heads = Heads(
-        edge=loadings.edge,
-        layer=loadings.layer,
-        head=loadings.head,
-        key=loadings.key,
-        query=loadings.query,
-        weight=loadings.weight,
-    )
-    named = sorted(set(zip(loadings.layer.tolist(), loadings.head.tolist())))
-    patterns = {
-        (layer, head): linear.recording.patterns[layer, head].cpu().numpy() for layer, head in named if head >= 0
-    }
-    return replace(graph, heads=heads, patterns=patterns)
+    return _with_patterns(replace(graph, heads=_heads(loadings)), sweep, loadings)
+
+
+def with_hops(graph: Graph, sweep: Sweep) -> Graph:
+    """The graph with the hop splits of its edges through frozen attention, and the patterns of their heads."""
+    number = table_numbers(graph, sweep)
+    first, last = hop_splits(sweep, number[graph.edges.source], number[graph.edges.target])
+    return _with_patterns(replace(graph, first_hops=_heads(first), last_hops=_heads(last)), sweep, first, last)
+
+
+def _heads(loadings: Loadings) -> Heads:
+    return Heads(**{field.name: getattr(loadings, field.name) for field in fields(loadings)})
+
+
+def _with_patterns(graph: Graph, sweep: Sweep, *tables: Loadings) -> Graph:
+    """The graph with the patterns of the base layers' heads that some tables name, beside those that it has."""
+    named = {at for rows in tables for at in zip(rows.layer.tolist(), rows.head.tolist()) if at[1] >= 0}
+    recorded = sweep.linear.recording.patterns
+    patterns = {at: recorded[at].cpu().numpy() for at in named - set(graph.patterns)}
+    return replace(graph, patterns=dict(sorted({**graph.patterns, **patterns}.items())))
 
 
 def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str, Any]:

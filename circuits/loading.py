@@ -1,15 +1,19 @@
-"""Load a base model with its replacements: the embedded default, or any that the user names."""
+"""Load a base model with its replacements: the embedded default, any that the user names, or those of a graph."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from circuits.errors import CircuitsError
+from circuits.graph import Graph
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel, load_base_model
 from circuits.replacements.dictionary import Replacement, load_replacement
+from circuits.replacements.formats import qk_format
+from circuits.replacements.formats.qk_format import QKReplacement
 
 DEFAULT = Path(__file__).resolve().parent / "default"
+EMBEDDED_MODEL = "circuits-default"
 # What comes with the embedded model, by the name that --replacement takes.
 EMBEDDED = {
     "attention-sae": ("clt", "attention-sae"),
@@ -21,10 +25,11 @@ EMBEDDED = {
 
 @dataclass(frozen=True)
 class Model:
-    """A base model and the replacements that stand for its MLPs and attention."""
+    """A base model, the replacements that stand for its MLPs and attention, and a QK diagonalization for analysis."""
 
     base: BaseModel
     replacements: tuple[Replacement, ...]
+    qk: QKReplacement | None = None
 
     def __repr__(self) -> str:
         names = ", ".join(replacement.name for replacement in self.replacements) or "no replacement"
@@ -48,7 +53,8 @@ def load(
         One or several directories of replacements. With the embedded model also a name of what comes with it:
         `attention-sae` (the default: CLT and attention output SAEs), `mtc` (CLT and multitoken transcoders),
         `weakly-causal` (features of both types), or `clt` alone. Layers without a replacement stay as they are:
-        attention frozen, MLP outputs as error nodes.
+        attention frozen, MLP outputs as error nodes. One directory may be a QK diagonalization: it explains attention
+        scores and stands for nothing. The embedded model has its own.
     device, dtype
         Where and in which precision the weights are held. Recording and attribution run in float32.
 
@@ -64,14 +70,43 @@ def load(
     """
     base = load_base_model(model if model is not None else _embedded("model"), device=device, dtype=dtype)
     if model is None:
-        base.name = "circuits-default"
+        base.name = EMBEDDED_MODEL
     if replacement is None:
         replacement = [] if model is not None else "attention-sae"
     given = [replacement] if isinstance(replacement, str | Path) else replacement
     paths = [path for one in given for path in _paths(one, embedded=model is None)]
-    replacements = tuple(load_replacement(path, device) for path in paths)
+    replacements = tuple(load_replacement(path, device) for path in paths if not qk_format.is_qk(path))
     check_replacements(base, replacements)
-    return Model(base, replacements)
+    return Model(base, replacements, _load_qk(base, [path for path in paths if qk_format.is_qk(path)], model is None))
+
+
+def _load_qk(base: BaseModel, paths: Sequence[Path], embedded: bool) -> QKReplacement | None:
+    """The QK diagonalization among the paths, or that of the embedded model."""
+    if len(paths) > 1:
+        raise CircuitsError(f"{paths[0]} and {paths[1]} are both QK diagonalizations; give only one")
+    if not paths and not (embedded and (DEFAULT / "qk").is_dir()):
+        return None
+    path = paths[0] if paths else DEFAULT / "qk"
+    found = qk_format.load(path, str(base.device))
+    trained = found.model.get("hash")
+    if trained and trained != base.identity:
+        raise CircuitsError(
+            f"{path}: trained on another model ({found.model.get('name', '?')}, hash {str(trained)[:12]}) than "
+            f"{base.name} (hash {base.identity[:12]})"
+        )
+    for dictionary in found.dictionaries:
+        of, shape = dictionary.of, base.shape
+        if of.layer >= shape.n_layers or (of.n_heads, of.n_kv_heads, of.d_head) != (
+            shape.n_heads,
+            shape.n_kv_heads,
+            shape.d_head,
+        ):
+            raise CircuitsError(
+                f"{path}: {dictionary.name} is for layer {of.layer} with {of.n_heads} heads, {of.n_kv_heads} key-value "
+                f"heads of width {of.d_head}; {base.name} has {shape.n_layers} layers, {shape.n_heads}, "
+                f"{shape.n_kv_heads} and {shape.d_head}"
+            )
+    return found
 
 
 def _paths(given: str | Path, *, embedded: bool) -> list[Path]:
@@ -86,3 +121,77 @@ def _embedded(name: str) -> Path:
     if not path.is_dir():
         raise CircuitsError(f"{path}: the embedded default is missing from this installation; name a --model")
     return path
+
+
+def model_of(
+    graph: Graph,
+    model: str | Path | None = None,
+    replacement: str | Path | Sequence[str | Path] | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> Model:
+    """The model and the replacements that a graph was traced with.
+
+    Parameters
+    ----------
+    graph
+        With the metadata that `trace` writes.
+    model, replacement
+        Where they lie, as for `load`. Not needed for a graph of the embedded model and what comes with it; a
+        replacement that is given then goes before the names in the graph.
+    device, dtype
+        As for `load`.
+
+    Raises
+    ------
+    CircuitsError
+        The graph was traced with something that is not embedded and was not given, or with something else.
+    """
+    recorded = graph.metadata.get("model", {})
+    name, names = recorded.get("name"), [r.get("name", "?") for r in graph.metadata.get("replacements", [])]
+    if name is None:
+        raise CircuitsError("the graph does not say which model it was traced with; only graphs of `circuits trace` do")
+    if model is None and name != EMBEDDED_MODEL:
+        raise CircuitsError(
+            f"the graph was traced with the model {name} and {_listed(names)}; give them as --model and --replacement"
+        )
+    if replacement is None:
+        if model is not None and names:
+            raise CircuitsError(f"the graph was traced with {_listed(names)}; give each as --replacement")
+        embedded = {part for parts in EMBEDDED.values() for part in parts}
+        if unknown := [part for part in names if part not in embedded]:
+            raise CircuitsError(
+                f"the graph was traced with {_listed(unknown)}, not embedded; give each of {', '.join(names)} as "
+                "--replacement"
+            )
+        replacement = [_embedded(part) for part in names]
+    found = load(model, replacement, device=device, dtype=dtype)
+    check_fits(graph, found)
+    return found
+
+
+def check_fits(graph: Graph, model: Model) -> None:
+    """Refuse a model or replacements other than those that a graph was traced with, by their hashes."""
+    recorded = graph.metadata.get("model", {})
+    if recorded.get("hash") != model.base.identity:
+        raise CircuitsError(
+            f"the graph was traced with the model {recorded.get('name', '?')} (hash "
+            f"{str(recorded.get('hash', '?'))[:12]}), but the model given is {model.base.name} "
+            f"(hash {model.base.identity[:12]}); give the model of the graph, or trace again"
+        )
+    traced = [(r.get("name", "?"), str(r.get("hash", "?"))) for r in graph.metadata.get("replacements", [])]
+    given = [(replacement.name, replacement.identity) for replacement in model.replacements]
+    if [identity for _, identity in traced] != [identity for _, identity in given]:
+        raise CircuitsError(
+            f"the graph was traced with {_hashes(traced)}, but the model given has {_hashes(given)}; give the "
+            "replacements of the graph in its order, or trace again"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "the replacements " + ", ".join(names) if names else "no replacement"
+
+
+def _hashes(named: Sequence[tuple[str, str]]) -> str:
+    return _listed([f"{name} ({identity[:12]})" for name, identity in named])

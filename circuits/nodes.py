@@ -24,6 +24,10 @@ class Write:
     nodes: Tensor
     vectors: Tensor
 
+    def take(self, rows: slice) -> "Write":
+        """Some of the nodes."""
+        return Write(self.nodes[rows], self.vectors[rows])
+
 
 @dataclass(frozen=True)
 class Carried:

@@ -91,7 +91,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """Writers summed over the depths of one stretch: `nodes` (m,) ascending, `starts` by position."""
 
     nodes: Tensor
@@ -105,7 +105,7 @@ class Rows:
 
     def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
         self.linear, self.table = linear, table
-        self._stretches: OrderedDict[tuple[int, int], _Stretch] = OrderedDict()
+        self._stretches: OrderedDict[tuple[int, int], Stretch] = OrderedDict()
 
     def blocks(self, targets: Targets) -> Iterator[RowBlock]:
         """Row blocks that together hold every target once, in the order of their positions."""
@@ -147,7 +147,7 @@ class Rows:
         assert targets.covectors is not None
         position = int(targets.positions[0])
         first, last = self.table.starts[position], self.table.starts[position + 1]
-        stretch = self._stretch(self.linear.floor(targets.depth), targets.depth)
+        stretch = self.stretch(self.linear.floor(targets.depth), targets.depth)
         rows = slice(stretch.starts[position], stretch.starts[position + 1])
         weights = targets.covectors.new_zeros(len(targets), last - first)
         weights[:, stretch.nodes[rows] - first] = targets.covectors @ stretch.vectors[rows].T
@@ -159,7 +159,7 @@ class Rows:
         weights = targets.constants.new_zeros(len(targets), self.table.starts[n_keys])
         bias = targets.constants + self._start_bias(targets)
         for stage in self.stages(targets):
-            stretch = self._stretch(stage.low, stage.high)
+            stretch = self.stretch(stage.low, stage.high)
             self._add(weights, stage.g, stretch.nodes, stretch.vectors, stretch.starts)
             bias = bias + torch.einsum("bsd,sd->b", stage.g, stretch.constant[:n_keys])
             layer = (stage.low - 1) // 2
@@ -232,7 +232,7 @@ class Rows:
         starts: list[int] = torch.searchsorted(nodes.cpu(), torch.tensor(self.table.starts)).tolist()
         return starts
 
-    def _stretch(self, low: int, high: int) -> _Stretch:
+    def stretch(self, low: int, high: int) -> Stretch:
         """Writers of depths `low <= depth < high`, summed for each node."""
         key = (low, high)
         if key in self._stretches:
@@ -254,7 +254,7 @@ class Rows:
                 torch.zeros(0, dtype=torch.long, device=constant.device),
                 constant.new_zeros(0, constant.shape[1]),
             )
-        self._stretches[key] = _Stretch(nodes, vectors, self._starts(nodes), constant)
+        self._stretches[key] = Stretch(nodes, vectors, self._starts(nodes), constant)
         while len(self._stretches) > len(self.linear.live_depths) + len(self.linear.replaced_blocks) + 2:
             self._stretches.popitem(last=False)
         return self._stretches[key]

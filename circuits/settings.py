@@ -17,6 +17,8 @@ class TraceSettings:
         Keep at most so many feature nodes, the strongest first.
     unpruned
         Keep every node and edge; implies `left_out = 0`.
+    explain
+        Explain the attention scores of the heads that carry the graph's edges (`Graph.scores` and `Graph.pairs`).
     """
 
     left_out: float = 1e-3
@@ -24,6 +26,7 @@ class TraceSettings:
     edge_threshold: float = 0.98
     max_feature_nodes: int | None = None
     unpruned: bool = False
+    explain: bool = False
 
     def __post_init__(self) -> None:
         for name in ("left_out", "node_threshold", "edge_threshold"):

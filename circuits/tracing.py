@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from circuits.assemble import Traced, build_graph, describe, with_heads
+from circuits.assemble import Traced, build_graph, describe, with_heads, with_hops
 from circuits.errors import CircuitsError
 from circuits.graph import Graph, keep_nodes, prune_edges
+from circuits.head_steps import with_scores
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
 from circuits.nodes import NodeTable, build_nodes
@@ -48,7 +49,8 @@ def trace(
     Returns
     -------
     Graph
-        Pruned, unless the settings say otherwise; `metadata["ledger"]["max_relative_gap"]` is its proof.
+        Pruned, unless the settings say otherwise; `metadata["ledger"]["max_relative_gap"]` is its proof. Edges through
+        frozen attention are split by their first and last hops (`circuits.hops`) in a pruned graph only.
 
     Example
     -------
@@ -75,7 +77,10 @@ def trace(
     graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings))
     if not settings.unpruned:
         graph = prune_edges(graph, settings.edge_threshold)
-    return with_heads(graph, sweep)
+    graph = with_heads(graph, sweep)
+    if not settings.unpruned:
+        graph = with_hops(graph, sweep)
+    return with_scores(graph, sweep, model.qk) if settings.explain else graph
 
 
 @torch.no_grad()

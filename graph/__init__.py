@@ -4,6 +4,7 @@ Knows no model and no torch, so a saved graph can be read, pruned and drawn anyw
 """
 
 from circuits.graph.errors import GraphError
+from circuits.graph.explained import NAMED_CONSTANTS, PAIR_FORMS, Pairs, Scores
 from circuits.graph.graph import Graph
 from circuits.graph.influence import cumulative_influence, depth, graph_influence, node_influence, with_influence
 from circuits.graph.pruning import edge_scores, keep_nodes, prune, prune_edges, threshold
@@ -14,16 +15,12 @@ from circuits.graph.tables import (
     ID_PREFIXES,
     IDENTITY_HEAD,
     KINDS,
-    NAMED_CONSTANTS,
     OWN_HEAD,
-    PAIR_FORMS,
     REST,
     STAYS,
     Edges,
     Heads,
     Nodes,
-    Pairs,
-    Scores,
     head_name,
 )
 

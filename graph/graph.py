@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
-from circuits.graph.tables import ID_PREFIXES, STAYS, Booleans, Edges, Float32, Heads, Nodes, Pairs, Scores
+from circuits.graph.explained import Pairs, Scores
+from circuits.graph.tables import ID_PREFIXES, OWN_HEAD, STAYS, Booleans, Edges, Float32, Heads, Nodes
 
 if TYPE_CHECKING:
     import networkx
@@ -44,7 +45,7 @@ class Graph:
         last_hops: The same edges split by the head that brings them to the target's position. In both, `STAYS` is the
             part that never leaves the position, `REST` the sum of what is too small to be listed; layer -1 for both.
         scores: Attention scores that are explained, `c` rows.
-        pairs: What makes these scores.
+        pairs: What makes these scores, brought into the order of the scores and of the forms.
 
     Raises:
         GraphError: The parts do not fit together.
@@ -73,14 +74,15 @@ class Graph:
         _check_layers(self.nodes, self.n_layers)
         _in_range("Edges.source", self.edges.source, len(self.nodes), "the nodes")
         _in_range("Edges.target", self.edges.target, len(self.nodes), "the nodes")
-        for name in ("heads", "first_hops", "last_hops"):
-            self._check_heads(name)
+        for table in ("heads", "first_hops", "last_hops"):
+            self._check_heads(table)
         if len(self.heads.head) and self.heads.head.min() <= STAYS:
             raise GraphError("Graph.heads has the entries of a hop split; put them into first_hops or last_hops.")
         for side in ("query", "key"):
             _in_range(f"Scores.{side}", getattr(self.scores, side), n_tokens, "the prompt's tokens")
         _in_range("Pairs.key", self.pairs.key, n_tokens, "the prompt's tokens")
-        _in_range("Pairs.score", self.pairs.score, len(self.scores), "the scores")
+        self.pairs.check(self.scores)
+        object.__setattr__(self, "pairs", self.pairs.in_order())
         pairs = self.edges.target.astype(np.int64) * max(len(self.nodes), 1) + self.edges.source
         if (twice := len(pairs) - len(np.unique(pairs))) > 0:
             raise GraphError(f"Edges has {twice} pairs of nodes more than once; add their weights up to one edge.")
@@ -123,8 +125,8 @@ class Graph:
     def select(self, node_mask: Booleans, edge_mask: Booleans | None = None) -> Graph:
         """The part of the graph under two masks.
 
-        Edges with an end outside the node mask go too; nodes, edges and loadings are numbered again, and patterns
-        that no loading names any more are dropped. Influences stay those of the full graph.
+        Edges with an end outside the node mask go too; nodes, edges, loadings and hops are numbered again, and patterns
+        and explained scores that none of these name any more are dropped. Influences stay those of the full graph.
 
         Args:
             node_mask: (n,) nodes to keep.
@@ -144,32 +146,54 @@ class Graph:
         new_node = np.cumsum(node_mask, dtype=np.int32) - 1
         new_edge = np.cumsum(edge_mask, dtype=np.int32) - 1
         edges = self.edges.take(edge_mask)
-        split = {}
+        split: dict[str, Any] = {}
+        kept_score = np.zeros(len(self.scores), np.bool_)
         for name in ("heads", "first_hops", "last_hops"):
             rows: Heads = getattr(self, name)
-            rows = rows.take(edge_mask[rows.edge])
+            kept = edge_mask[rows.edge]
+            if len(self.scores):
+                explained = self.explained_by(name)
+                kept_score[[score for row in np.flatnonzero(kept).tolist() for score in explained[row]]] = True
+            rows = rows.take(kept)
             split[name] = dataclasses.replace(rows, edge=new_edge[rows.edge])
-        scores, pairs = self._explained(split["heads"], split["first_hops"], split["last_hops"])
+        pairs = self.pairs.take(kept_score[self.pairs.score])
+        new_score = np.cumsum(kept_score, dtype=np.int32) - 1
         named = {at for rows in split.values() for at in zip(rows.layer.tolist(), rows.head.tolist(), strict=True)}
         return dataclasses.replace(
             self,
             nodes=self.nodes.take(node_mask),
             edges=Edges(source=new_node[edges.source], target=new_node[edges.target], weight=edges.weight),
             patterns={name: pattern for name, pattern in self.patterns.items() if name in named},
-            scores=scores,
-            pairs=pairs,
+            scores=self.scores.take(kept_score),
+            pairs=dataclasses.replace(pairs, score=new_score[pairs.score]),
             **split,
         )
 
-    def _explained(self, *tables: Heads) -> tuple[Scores, Pairs]:
-        """The explained scores that an entry of these tables names, and their pairs."""
-        columns = ("layer", "head", "query", "key")
-        named = {row for heads in tables for row in zip(*(getattr(heads, name).tolist() for name in columns))}
-        rows = zip(*(getattr(self.scores, name).tolist() for name in columns))
-        kept = np.array([row in named for row in rows], dtype=np.bool_)
-        number = np.cumsum(kept, dtype=np.int32) - 1
-        pairs = self.pairs.take(kept[self.pairs.score]) if len(kept) else self.pairs
-        return self.scores.take(kept), dataclasses.replace(pairs, score=number[pairs.score])
+    def explained_by(self, name: str = "heads") -> list[list[int]]:
+        """Which explained scores each row of a table of heads names.
+
+        A score belongs to a head, a query and a key; one of a feature's own pattern to edges into that feature alone.
+
+        Args:
+            name: "heads", "first_hops" or "last_hops".
+
+        Returns:
+            For each row of the table the indices of the scores, mostly none or one.
+        """
+        found: dict[tuple[int | str, ...], list[int]] = {}
+        columns = [getattr(self.scores, column).tolist() for column in ("layer", "head", "query", "key", "owner")]
+        for index, place in enumerate(zip(*columns, strict=True)):
+            found.setdefault(place, []).append(index)
+        rows: Heads = getattr(self, name)
+        if not found or not len(rows):
+            return [[] for _ in range(len(rows))]
+        names = self.node_ids()
+        owners = [names[node] for node in self.edges.target[rows.edge].tolist()]
+        places = zip(*(getattr(rows, column).tolist() for column in ("layer", "head", "query", "key")), strict=True)
+        return [
+            found.get((*place, owner if place[1] == OWN_HEAD else ""), [])
+            for place, owner in zip(places, owners, strict=True)
+        ]
 
     def prune(
         self, node_threshold: float = 0.8, edge_threshold: float = 0.98, max_feature_nodes: int | None = None

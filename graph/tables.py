@@ -53,12 +53,6 @@ OWN_HEAD = -2
 STAYS = -3
 REST = -4
 SPECIAL_HEADS = {IDENTITY_HEAD: "id", OWN_HEAD: "own", STAYS: "stays", REST: "rest"}
-# What stands in a pair of a QK attribution where there is no node: biases, position embeddings, and what the features
-# and errors of a special first position write.
-NAMED_CONSTANTS = ("bias", "position", "first")
-# What a row of `Pairs` tells: a part of the score, of `log A` against the other keys, one side's sum over the other
-# side, or a trained QK feature's part of its score.
-PAIR_FORMS = ("score", "relative", "query", "key", "qk_feature")
 
 Strings: TypeAlias = npt.NDArray[np.str_]
 Booleans: TypeAlias = npt.NDArray[np.bool_]
@@ -93,25 +87,6 @@ HEAD_COLUMNS: dict[str, type[np.generic]] = {
     "query": np.int32,
     "weight": np.float32,
 }
-SCORE_COLUMNS: dict[str, type[np.generic]] = {
-    "layer": np.int32,
-    "head": np.int32,
-    "query": np.int32,
-    "key": np.int32,
-    "owner": np.str_,
-    "score": np.float32,
-    "attention": np.float32,
-    "relative": np.float32,
-    "gap": np.float32,
-}
-PAIR_COLUMNS: dict[str, type[np.generic]] = {
-    "score": np.int32,
-    "form": np.str_,
-    "query_node": np.str_,
-    "key_node": np.str_,
-    "key": np.int32,
-    "weight": np.float32,
-}
 
 
 def head_name(head: int, *, layer: int | None = None) -> str:
@@ -122,13 +97,13 @@ def head_name(head: int, *, layer: int | None = None) -> str:
         ('H5', 'L2H5', 'id', 'L2 own')
 
     Args:
-        head: Index of the head in its layer, `IDENTITY_HEAD` or `OWN_HEAD`.
-        layer: Its layer, to be named too.
+        head: Index of the head in its layer, or one of `SPECIAL_HEADS`.
+        layer: Its layer, to be named too; what is no head of any layer (`STAYS`, `REST`) is named without.
     """
     name = SPECIAL_HEADS.get(head)
     if name is None:
         return f"H{head}" if layer is None else f"L{layer}H{head}"
-    return name if layer is None else f"L{layer} {name}"
+    return name if layer is None or head <= STAYS else f"L{layer} {name}"
 
 
 def column(owner: str, name: str, values: object, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -158,7 +133,7 @@ def column(owner: str, name: str, values: object, dtype: type[np.generic]) -> np
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
+class Table:
     """Columns of equal length; the fields of a subclass are its columns."""
 
     def _freeze(self, columns: dict[str, type[np.generic]]) -> None:
@@ -185,7 +160,7 @@ class _Table:
 
 
 @dataclass(frozen=True, eq=False)
-class Nodes(_Table):
+class Nodes(Table):
     """The nodes of a graph; every column has shape (n,).
 
     Attributes:
@@ -251,7 +226,7 @@ class Nodes(_Table):
 
 
 @dataclass(frozen=True, eq=False)
-class Edges(_Table):
+class Edges(Table):
     """The edges of a graph; every column has shape (m,).
 
     Attributes:
@@ -280,7 +255,7 @@ class Edges(_Table):
 
 
 @dataclass(frozen=True, eq=False)
-class Heads(_Table):
+class Heads(Table):
     """The head loadings of edges that run through attention; every column has shape (k,).
 
     The loadings of one edge add up to its weight; each of them may be negative.
@@ -289,7 +264,7 @@ class Heads(_Table):
         edge: Index of the edge.
         layer: Layer of the head.
         head: Index of the head in its layer; `IDENTITY_HEAD` for the identity of a multitoken transcoder, `OWN_HEAD`
-            for the own pattern of an attention replacement layer's feature.
+            for the own pattern of an attention replacement layer's feature; in hop splits alone `STAYS` and `REST`.
         key: Position that the head reads from.
         query: Position that the head writes to.
         weight: The share of the edge's weight that this head carries from key to query.
@@ -330,81 +305,3 @@ class Heads(_Table):
         columns = list(zip(*rows, strict=True)) if rows else [()] * len(HEAD_COLUMNS)
         named = zip(HEAD_COLUMNS.items(), columns, strict=True)
         return cls(**{name: np.array(values, dtype=dtype) for (name, dtype), values in named})
-
-
-@dataclass(frozen=True, eq=False)
-class Scores(_Table):
-    """Attention scores that are explained; every column has shape (c,).
-
-    Attributes:
-        layer: Layer of the head.
-        head: Index of the head in its layer, or `OWN_HEAD`.
-        query: Position that looks.
-        key: Position that is looked at.
-        owner: For `OWN_HEAD` the id of the feature whose pattern it is, "" for the base model's heads.
-        score: The recorded score, its scale and a soft cap's secant included.
-        attention: The attention `A[query, key]` that the softmax makes of it.
-        relative: `log A[query, key] - sum_k A[query, k] log A[query, k]`: how far this key beats the others.
-        gap: The ledger's relative gap, the worse of the two forms.
-
-    Raises:
-        GraphError: A column is misshapen or of the wrong type.
-    """
-
-    layer: Int32
-    head: Int32
-    query: Int32
-    key: Int32
-    owner: Strings
-    score: Float32
-    attention: Float32
-    relative: Float32
-    gap: Float32
-
-    def __post_init__(self) -> None:
-        """Bring every column to its type."""
-        self._freeze(SCORE_COLUMNS)
-
-    @classmethod
-    def empty(cls) -> Scores:
-        """No scores."""
-        return cls(**{name: np.zeros(0, dtype=dtype) for name, dtype in SCORE_COLUMNS.items()})
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs(_Table):
-    """The strongest parts of explained scores; every column has shape (p,).
-
-    Nodes are named as `Graph.node_ids` names them, those that pruning left out too, or by `NAMED_CONSTANTS`.
-
-    Attributes:
-        score: Index of the score in `Scores`.
-        form: One of `PAIR_FORMS`: "score" for a part of the score, "relative" for a part of `Scores.relative`; "query"
-            and "key" for a node's sum over all partners of the other side, which is then ""; "qk_feature" for a
-            feature of a trained QK diagonalization, named on both sides, such as "qk.1/37".
-        query_node: What is on the query side.
-        key_node: What is on the key side.
-        key: Position of the key side; in the relative form also that of another key than the score's.
-        weight: What the pair adds.
-
-    Raises:
-        GraphError: A column is misshapen or of the wrong type, or a form is unknown.
-    """
-
-    score: Int32
-    form: Strings
-    query_node: Strings
-    key_node: Strings
-    key: Int32
-    weight: Float32
-
-    def __post_init__(self) -> None:
-        """Bring every column to its type and check the forms."""
-        self._freeze(PAIR_COLUMNS)
-        if unknown := set(np.unique(self.form).tolist()) - set(PAIR_FORMS):
-            raise GraphError(f"Pairs.form has {sorted(unknown)}; expected only {', '.join(PAIR_FORMS)}.")
-
-    @classmethod
-    def empty(cls) -> Pairs:
-        """No pairs."""
-        return cls(**{name: np.zeros(0, dtype=dtype) for name, dtype in PAIR_COLUMNS.items()})

@@ -65,13 +65,15 @@ class OwnAttention:
 Movement = HeadLoading | OwnAttention
 
 
-def rotate(x: Tensor, theta: float | None) -> Tensor:
-    """Rotary position embedding of x (..., T, E), positions 0 to T - 1: pairs (i, i + E / 2), as in Llama."""
+def rotate(x: Tensor, theta: float | None, positions: Tensor | None = None) -> Tensor:
+    """Rotary position embedding of x (..., T, E) at positions (T,), by default 0 to T - 1: pairs (i, i + E / 2), as in
+    Llama."""
     if theta is None:
         return x
     length, width = x.shape[-2:]
     speed = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
-    angle = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * speed
+    places = torch.arange(length, device=x.device) if positions is None else positions
+    angle = places.float()[:, None] * speed
     cos, sin = angle.cos().to(x), angle.sin().to(x)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -12,21 +12,9 @@ from rich.text import Text
 from circuits.graph import Graph, head_name
 from circuits.graph.formats.rows import loadings
 from circuits.graph.formats.text import visible
+from circuits.story import KIND_NAMES, position_name
 
 POSITIVE, NEGATIVE, QUIET = "dodger_blue2", "dark_orange3", "grey50"
-KIND_NAMES = {
-    "embedding": "token",
-    "value_feature": "value",
-    "value_error": "value error",
-    "mtc_key": "MTC key",
-    "attention_feature": "attention",
-    "mtc_query": "MTC query",
-    "attention_error": "attention error",
-    "mlp_feature": "MLP",
-    "mlp_error": "MLP error",
-    "block_error": "block error",
-    "logit": "output",
-}
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -56,12 +44,7 @@ def node_name(graph: Graph, node: int) -> str:
     return place if nodes.feature[node] < 0 else f"{place} #{nodes.feature[node]}"
 
 
-def position_name(graph: Graph, position: int) -> str:
-    """A position with its token: `14 " to"`."""
-    return f'{position} "{visible(graph.tokens[position])}"'
-
-
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     """An open table; a column whose name ends with `>` is set flush right."""
     table = Table(title=title, title_justify="left", box=None, header_style=QUIET)
     for name in columns:
@@ -71,7 +54,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def prediction_table(graph: Graph) -> Table:
     """The graph's targets with their probabilities and pre-activations."""
-    table = _table("Prediction", "target", "position", "probability>", "value>")
+    table = new_table("Prediction", "target", "position", "probability>", "value>")
     nodes = graph.nodes
     for node in sorted(np.flatnonzero(nodes.is_target).tolist(), key=lambda i: -nodes.target_weight[i]):
         probability = nodes.probability[node]
@@ -86,7 +69,7 @@ def prediction_table(graph: Graph) -> Table:
 
 def feature_table(graph: Graph, limit: int) -> Table:
     """The features with the largest influence on the targets."""
-    table = _table("Strongest features", "feature", "position", "activation>", "influence>")
+    table = new_table("Strongest features", "feature", "position", "activation>", "influence>")
     nodes = graph.nodes
     features = np.flatnonzero(nodes.is_feature)
     for node in features[np.argsort(-nodes.influence[features], kind="stable")][:limit]:
@@ -102,7 +85,7 @@ def feature_table(graph: Graph, limit: int) -> Table:
 
 def edge_table(graph: Graph, limit: int) -> Table:
     """The edges that carry most between two tokens, with the heads that carried them."""
-    table = _table("Strongest steps between tokens", "from", "to", "weight>", "heads")
+    table = new_table("Strongest steps between tokens", "from", "to", "weight>", "heads")
     nodes, edges = graph.nodes, graph.edges
     rows = loadings(graph)
     size = np.abs(edges.weight)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from circuits.graph.formats.rows import loadings, plain
-from circuits.graph.formats.text import heads_text, strongest_head, visible
+from circuits.graph.formats.rows import HEAD_TABLES, loadings, plain
+from circuits.graph.formats.text import heads_text, hops_text, strongest_head, visible
 from circuits.graph.formats.whole_file import write_whole
 from circuits.graph.graph import Graph
 from circuits.graph.influence import depth, shares
@@ -94,18 +94,19 @@ def _edges(graph: Graph, names: list[str]) -> list[pydot.Edge]:
 
     edges = graph.edges
     share = shares(len(graph.nodes), edges.target, edges.weight).tolist()
-    columns = zip(
-        edges.source.tolist(), edges.target.tolist(), plain(edges.weight), share, loadings(graph), strict=True
-    )
+    heads_of, first, last = (loadings(graph, table) for table in HEAD_TABLES)
+    columns = zip(edges.source.tolist(), edges.target.tolist(), plain(edges.weight), share, strict=True)
     drawn = []
-    for source, target, weight, part, heads in columns:
+    for index, (source, target, weight, part) in enumerate(columns):
+        heads = heads_of[index]
+        carried = f"{heads_text(heads)} {hops_text(first[index], last[index], 5)}".strip()
         named: dict[str, Any] = {"label": quoted(strongest_head(heads))} if heads else {}
         edge = pydot.Edge(
             quoted(names[source]),
             quoted(names[target]),
             color=quoted(_POSITIVE if weight >= 0 else _NEGATIVE),
             penwidth=f"{0.3 + 3.0 * part:.2f}",
-            tooltip=quoted(f"{weight:+.4g} {heads_text(heads)}".strip()),
+            tooltip=quoted(f"{weight:+.4g} {carried}".strip()),
             **named,
         )
         drawn.append(edge)

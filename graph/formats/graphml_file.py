@@ -1,6 +1,7 @@
 """`graph.graphml`, for Gephi, Cytoscape, yEd and others.
 
-GraphML knows only plain attributes, so the loadings of an edge are one line of text and patterns are left out.
+GraphML knows only plain attributes, so the loadings and the strongest hops of an edge are one line of text each, and
+patterns and explained scores are left out.
 There is no reader: `graph.json` holds everything.
 """
 
@@ -10,10 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from circuits.graph.formats.rows import loadings, plain
+from circuits.graph.formats.rows import HEAD_TABLES, loadings, plain
 from circuits.graph.formats.text import heads_text, visible
 from circuits.graph.formats.whole_file import write_whole
 from circuits.graph.graph import Graph
+
+_HOPS = 8
 
 
 def write(graph: Graph, path: Path) -> None:
@@ -42,8 +45,14 @@ def to_graphml(graph: Graph) -> str:
             name, **{key: _scalar(values[index]) for key, values in columns.items() if values[index] is not None}
         )
     ends = zip(graph.edges.source.tolist(), graph.edges.target.tolist(), plain(graph.edges.weight), strict=True)
-    for (source, target, weight), heads in zip(ends, loadings(graph), strict=True):
-        digraph.add_edge(names[source], names[target], weight=weight, **({"heads": heads_text(heads)} if heads else {}))
+    tables = {table: loadings(graph, table) for table in HEAD_TABLES}
+    for index, (source, target, weight) in enumerate(ends):
+        told = {
+            table: heads_text(rows[index], None if table == "heads" else _HOPS)
+            for table, rows in tables.items()
+            if rows[index]
+        }
+        digraph.add_edge(names[source], names[target], weight=weight, **told)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + "\n".join(networkx.generate_graphml(digraph)) + "\n"
 
 

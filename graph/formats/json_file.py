@@ -7,9 +7,16 @@ It is a superset of Neuronpedia's graph schema (`metadata`, `qParams`, `nodes`, 
 - On a node: `kind`, `dictionary`, `model_layer`, `feature_index`, `pre_activation`, `bias`, `node_influence`,
   `target_weight`, `probability`, `label`. Neuronpedia's `influence` is our cumulative influence, its `feature` is
   layer and feature in one number (Cantor pairing, which its `schema_version` 1 stands for), its `lorsa` is any
-  feature of attention: of an attention output, of values, or either side of a multitoken transcoder.
+  feature of attention: of an attention output, of values, or either side of a multitoken transcoder. Our
+  `predicted` and `measured` are the change of the target on ablating the node.
 - On a link through attention: `heads`, rows of [layer, head, key position, query position, weight]; head -1 is the
-  identity of a multitoken transcoder, -2 a feature's own pattern.
+  identity of a multitoken transcoder, -2 a feature's own pattern. On a link through frozen attention `first_hops` and
+  `last_hops`, rows alike; head -3 is the part that never leaves its position, -4 the sum of what is not listed.
+- `qk`: explained attention scores, one a line: `layer`, `head`, `query`, `key`, `owner` (of a feature's own pattern),
+  `score`, `attention`, `relative`, `lead`, `gap`; `pairs`, rows of [query node, key node, weight]; `lead_pairs`, rows of
+  [query node, key node, key position, weight]; `query_side` and `key_side`, rows of [node, weight]; `qk_features`,
+  rows of [name, weight]. Neuronpedia's `qk_tracing_results` on a node of attention is the first, third and fourth of
+  these, summed over the scores that its loadings name.
 - `patterns`: for "layer.head" one row for each query, up to and with the query's own position.
 
 Numbers are written with as many digits as single precision has, so loading gives back the same arrays. A number
@@ -26,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
-from circuits.graph.formats.rows import loadings, plain
+from circuits.graph.formats.qk import to_lists, tracing_results
+from circuits.graph.formats.rows import HEAD_TABLES, loadings, plain
 from circuits.graph.formats.text import model_name, slug
 from circuits.graph.formats.whole_file import write_whole
 from circuits.graph.graph import Graph
@@ -102,6 +110,7 @@ def dumps(graph: Graph) -> str:
         '"qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}',
         f'"nodes": {_lines("nodes", _nodes(graph, names))}',
         f'"links": {_lines("links", _links(graph, names))}',
+        f'"qk": {_lines("qk", to_lists(graph))}',
         f'"patterns": {_text("patterns", _patterns(graph))}',
     ]
     return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -158,9 +167,13 @@ def _nodes(graph: Graph, names: list[str]) -> Iterable[dict[str, Any]]:
     columns = {NODE_KEYS.get(name, name): plain(values) for name, values in graph.nodes.columns().items()}
     logits = np.flatnonzero(graph.nodes.kind == "logit")
     top = int(logits[np.argmax(graph.nodes.target_weight[logits])]) if len(logits) else -1
+    traced = tracing_results(graph)
     for index, name in enumerate(names):
         node = {key: values[index] for key, values in columns.items()}
-        yield {"node_id": name, **node, **_for_viewers(node, name, is_top=index == top)}
+        drawn = _for_viewers(node, name, is_top=index == top)
+        if index in traced:
+            drawn["qk_tracing_results"] = traced[index]
+        yield {"node_id": name, **node, **drawn}
 
 
 def _for_viewers(node: dict[str, Any], name: str, *, is_top: bool) -> dict[str, Any]:
@@ -195,13 +208,11 @@ def _caption(node: dict[str, Any]) -> str:
 
 
 def _links(graph: Graph, names: list[str]) -> Iterable[dict[str, Any]]:
-    heads = loadings(graph)
+    tables = {table: loadings(graph, table) for table in HEAD_TABLES}
     columns = zip(graph.edges.source.tolist(), graph.edges.target.tolist(), plain(graph.edges.weight), strict=True)
     for edge, (source, target, weight) in enumerate(columns):
         link = {"source": names[source], "target": names[target], "weight": weight}
-        if heads[edge]:
-            link["heads"] = heads[edge]
-        yield link
+        yield {**link, **{table: rows[edge] for table, rows in tables.items() if rows[edge]}}
 
 
 def _patterns(graph: Graph) -> dict[str, list[list[float]]]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
+from circuits.graph.formats.qk import from_lists
+from circuits.graph.formats.rows import HEAD_TABLES, LATER_COLUMNS
 from circuits.graph.formats.whole_file import read_whole
 from circuits.graph.graph import Graph
 from circuits.graph.tables import NODE_COLUMNS, Edges, Float32, Heads, Nodes
@@ -35,7 +37,7 @@ def read(path: Path) -> Graph:
     except GraphError as error:
         raise GraphError(f"{path}: {error}") from error
     except KeyError as error:
-        raise GraphError(f"{path}: a graph, node or link lacks the key {error}. Trace the prompt again.") from error
+        raise GraphError(f"{path}: a graph, node, link or score lacks the key {error}. Trace again.") from error
     except (TypeError, ValueError, OverflowError, IndexError) as error:
         raise GraphError(f"{path}: has a value of the wrong type ({error}). Trace the prompt again.") from error
 
@@ -51,6 +53,7 @@ def _graph(content: dict[str, Any]) -> Graph:
     for link in links:
         if (lost := next((link[end] for end in ("source", "target") if link[end] not in index), None)) is not None:
             raise GraphError(f"a link names {lost!r}, which is no node of the file. Trace the prompt again.")
+    scores, pairs = from_lists(content.get("qk", []))
     return Graph(
         prompt=head["prompt"],
         tokens=tuple(head["tokens"]),
@@ -62,7 +65,9 @@ def _graph(content: dict[str, Any]) -> Graph:
             target=np.array([index[link["target"]] for link in links], dtype=np.int32),
             weight=np.array([link["weight"] for link in links], dtype=np.float32),
         ),
-        heads=_heads(links),
+        scores=scores,
+        pairs=pairs,
+        **{table: _heads(links, table) for table in HEAD_TABLES},
         patterns={_layer_and_head(name): _pattern(rows) for name, rows in content["patterns"].items()},
         metadata={**{key: metadata[key] for key in head["metadata_keys"]}, **head["metadata_replaced"]},
     )
@@ -73,7 +78,8 @@ def _nodes(nodes: list[dict[str, Any]]) -> Nodes:
 
     columns = {}
     for name, dtype in NODE_COLUMNS.items():
-        values = [node[NODE_KEYS.get(name, name)] for node in nodes]
+        key = NODE_KEYS.get(name, name)
+        values = [node.get(key) if name in LATER_COLUMNS else node[key] for node in nodes]
         if issubclass(dtype, np.floating):
             values = [np.nan if value is None else value for value in values]
         if any(isinstance(value, str) != (dtype is np.str_) for value in values):
@@ -82,8 +88,8 @@ def _nodes(nodes: list[dict[str, Any]]) -> Nodes:
     return Nodes(**columns)
 
 
-def _heads(links: list[dict[str, Any]]) -> Heads:
-    return Heads.from_rows([(edge, *row) for edge, link in enumerate(links) for row in link.get("heads", ())])
+def _heads(links: list[dict[str, Any]], table: str) -> Heads:
+    return Heads.from_rows([(edge, *row) for edge, link in enumerate(links) for row in link.get(table, ())])
 
 
 def _layer_and_head(name: str) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """The graph as a `networkx.DiGraph`, and back.
 
 A node is named by its id and has every column of `Nodes` as an attribute. An edge has `weight`, `heads`, a list of
-(layer, head, key position, query position, weight), and `index`, its place among the edges. The graph's own
-attributes hold the rest, and as `head_names` the names of the heads that the base model does not have.
+(layer, head, key position, query position, weight), `first_hops` and `last_hops` alike, and `index`, its place among
+the edges. The graph's own attributes hold the rest: explained scores as `qk`, as in `graph.json`, and as `head_names`
+the names of the heads that the base model does not have.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
-from circuits.graph.formats.rows import loadings, plain
+from circuits.graph.formats.qk import from_lists, to_lists
+from circuits.graph.formats.rows import HEAD_TABLES, LATER_COLUMNS, loadings, plain
 from circuits.graph.graph import Graph
 from circuits.graph.tables import NODE_COLUMNS, SPECIAL_HEADS, Edges, Heads, Nodes
 
@@ -34,17 +36,18 @@ def to_networkx(graph: Graph) -> networkx.DiGraph[str]:
 
     names = graph.node_ids()
     digraph: networkx.DiGraph[str] = networkx.DiGraph(
-        **{name: getattr(graph, name) for name in GRAPH_ATTRIBUTES}, head_names=dict(SPECIAL_HEADS)
+        **{name: getattr(graph, name) for name in GRAPH_ATTRIBUTES},
+        qk=to_lists(graph),
+        head_names=dict(SPECIAL_HEADS),
     )
     columns = {name: values.tolist() for name, values in graph.nodes.columns().items()}
     for index, name in enumerate(names):
         digraph.add_node(name, **{key: values[index] for key, values in columns.items()})
-    heads = loadings(graph)
+    tables = {table: loadings(graph, table) for table in HEAD_TABLES}
     ends = zip(graph.edges.source.tolist(), graph.edges.target.tolist(), plain(graph.edges.weight), strict=True)
     for index, (source, target, weight) in enumerate(ends):
-        digraph.add_edge(
-            names[source], names[target], weight=weight, heads=[tuple(row) for row in heads[index]], index=index
-        )
+        rows = {table: [tuple(row) for row in found[index]] for table, found in tables.items()}
+        digraph.add_edge(names[source], names[target], weight=weight, **rows, index=index)
     return digraph
 
 
@@ -52,7 +55,8 @@ def from_networkx(digraph: networkx.DiGraph[str]) -> Graph:
     """The inverse of `to_networkx`.
 
     Nodes keep their order; edges keep theirs by `index`, and edges that were added without one come last. An edge
-    without `heads` has no loadings.
+    without `heads` has no loadings, one without `first_hops` or `last_hops` no hops, a graph without `qk` no explained
+    scores.
 
     Raises:
         GraphError: An attribute of the graph, a node or an edge is missing or of the wrong type.
@@ -64,6 +68,8 @@ def from_networkx(digraph: networkx.DiGraph[str]) -> Graph:
         return _graph(digraph)
     except GraphError:
         raise
+    except KeyError as error:
+        raise GraphError(f"An entry of the attribute 'qk' of the networkx graph lacks {error}.") from error
     except (TypeError, ValueError, OverflowError) as error:
         raise GraphError(f"The networkx graph has an attribute of the wrong type: {error}.") from error
 
@@ -76,7 +82,11 @@ def _graph(digraph: networkx.DiGraph[str]) -> Graph:
     for source, target, attributes in links:
         if "weight" not in attributes:
             raise GraphError(f"Edge {source} -> {target} of the networkx graph lacks the attribute 'weight'.")
-    rows = [(edge, *row) for edge, link in enumerate(links) for row in link[2].get("heads", ())]
+    tables: dict[str, Any] = {
+        table: Heads.from_rows([(edge, *row) for edge, link in enumerate(links) for row in link[2].get(table, ())])
+        for table in HEAD_TABLES
+    }
+    scores, pairs = from_lists(digraph.graph.get("qk", []))
     return Graph(
         **{name: digraph.graph[name] for name in GRAPH_ATTRIBUTES},
         nodes=Nodes(**{name: np.array(values, dtype=NODE_COLUMNS[name]) for name, values in nodes.items()}),
@@ -85,14 +95,16 @@ def _graph(digraph: networkx.DiGraph[str]) -> Graph:
             target=np.array([number[link[1]] for link in links], dtype=np.int32),
             weight=np.array([link[2]["weight"] for link in links], dtype=np.float32),
         ),
-        heads=Heads.from_rows(rows),
+        **tables,
+        scores=scores,
+        pairs=pairs,
     )
 
 
 def _attributes(digraph: networkx.DiGraph[str], name: str) -> list[Any]:
     values = []
     for node, attributes in digraph.nodes(data=True):
-        if name not in attributes:
+        if name not in attributes and name not in LATER_COLUMNS:
             raise GraphError(f"Node {node} of the networkx graph lacks the attribute {name!r}; every node needs it.")
-        values.append(attributes[name])
+        values.append(attributes.get(name, np.nan))
     return values

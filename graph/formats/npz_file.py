@@ -1,9 +1,11 @@
 """`graph.npz`: the columns as arrays, for numbers.
 
 One array a node column under its own name, the edges as `source`, `target`, `weight`, the loadings as `head_edge`,
-`head_layer`, `head` (-1 the identity, -2 a feature's own pattern), `head_key`, `head_query`, `head_weight`, a pattern
-as `pattern_{layer}_{head}`, and the rest as JSON in the one string of `graph`. No pickles, so reading a file runs
-nothing; no timestamps, so the same graph gives the same bytes.
+`head_layer`, `head` (-1 the identity, -2 a feature's own pattern), `head_key`, `head_query`, `head_weight`, the hops
+alike as `first_hop_edge`, `first_hop` (also -3 what stays, -4 the rest) and so on, explained scores as `score_layer`
+and so on, their pairs as `pair_score` and so on, a pattern as `pattern_{layer}_{head}`, and the rest as JSON in the
+one string of `graph`. No pickles, so reading a file runs nothing; no timestamps, so the same graph gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from circuits.graph.errors import GraphError
+from circuits.graph.explained import PAIR_COLUMNS, SCORE_COLUMNS, Pairs, Scores
+from circuits.graph.formats.rows import LATER_COLUMNS
 from circuits.graph.formats.whole_file import read_whole, write_whole
 from circuits.graph.graph import Graph
 from circuits.graph.tables import EDGE_COLUMNS, HEAD_COLUMNS, NODE_COLUMNS, Edges, Heads, Nodes
@@ -64,9 +68,13 @@ def read(path: Path) -> Graph:
         raise GraphError(f"{path}: array 'graph' is not what it should be ({error}). Trace again.") from error
 
 
-def _head_array(column: str) -> str:
-    """The name in the archive of a column of the loadings."""
-    return "head" if column == "head" else f"head_{column}"
+_HEAD_ARRAYS = {"heads": "head", "first_hops": "first_hop", "last_hops": "last_hop"}
+
+
+def _head_array(column: str, table: str) -> str:
+    """The name in the archive of a column of the loadings or of the hops."""
+    name = _HEAD_ARRAYS[table]
+    return name if column == "head" else f"{name}_{column}"
 
 
 def _arrays(graph: Graph) -> dict[str, npt.NDArray[Any]]:
@@ -86,7 +94,11 @@ def _arrays(graph: Graph) -> dict[str, npt.NDArray[Any]]:
     arrays = {"graph": np.array(text)}
     arrays |= {name: _narrow(values) for name, values in graph.nodes.columns().items()}
     arrays |= graph.edges.columns()
-    arrays |= {_head_array(name): values for name, values in graph.heads.columns().items()}
+    for table in _HEAD_ARRAYS:
+        rows: Heads = getattr(graph, table)
+        arrays |= {_head_array(name, table): values for name, values in rows.columns().items()}
+    arrays |= {f"score_{name}": _narrow(values) for name, values in graph.scores.columns().items()}
+    arrays |= {f"pair_{name}": _narrow(values) for name, values in graph.pairs.columns().items()}
     for (layer, head_index), pattern in sorted(graph.patterns.items()):
         arrays[f"pattern_{layer}_{head_index}"] = pattern.astype(np.float32)
     return arrays
@@ -104,14 +116,26 @@ def _graph(arrays: dict[str, npt.NDArray[Any]]) -> Graph:
         if name.startswith("pattern_"):
             layer, head_index = name.removeprefix("pattern_").split("_")
             patterns[int(layer), int(head_index)] = arrays[name]
+    nothing = np.full(len(arrays["kind"]), np.nan, np.float32)
+    explained = "score_layer" in arrays
+    later = {name: arrays.get(name, nothing) for name in LATER_COLUMNS}
     return Graph(
         prompt=head["prompt"],
         tokens=tuple(head["tokens"]),
         token_ids=tuple(head["token_ids"]),
         n_layers=head["n_layers"],
-        nodes=Nodes(**{name: arrays[name] for name in NODE_COLUMNS}),
+        nodes=Nodes(**{name: arrays[name] for name in NODE_COLUMNS if name not in later}, **later),
         edges=Edges(**{name: arrays[name] for name in EDGE_COLUMNS}),
-        heads=Heads(**{name: arrays[_head_array(name)] for name in HEAD_COLUMNS}),
         patterns=patterns,
         metadata=head["metadata"],
+        **{table: _heads(arrays, table) for table in _HEAD_ARRAYS},
+        scores=Scores(**{name: arrays[f"score_{name}"] for name in SCORE_COLUMNS}) if explained else Scores.empty(),
+        pairs=Pairs(**{name: arrays[f"pair_{name}"] for name in PAIR_COLUMNS}) if explained else Pairs.empty(),
     )
+
+
+def _heads(arrays: dict[str, npt.NDArray[Any]], table: str) -> Heads:
+    """The loadings or the hops; files of earlier versions have no hops."""
+    if table != "heads" and _head_array("head", table) not in arrays:
+        return Heads.empty()
+    return Heads(**{name: arrays[_head_array(name, table)] for name in HEAD_COLUMNS})

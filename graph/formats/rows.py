@@ -9,6 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from circuits.graph.graph import Graph
+from circuits.graph.tables import Heads
+
+# The tables of heads by the name that an edge's rows of them have in every format.
+HEAD_TABLES = ("heads", "first_hops", "last_hops")
+# Node columns that graphs of earlier versions lack: nan there.
+LATER_COLUMNS = ("predicted", "measured")
 
 
 def plain(values: npt.NDArray[Any]) -> list[Any]:
@@ -26,13 +32,17 @@ def plain(values: npt.NDArray[Any]) -> list[Any]:
     return [None if number != number else number for number in numbers]
 
 
-def loadings(graph: Graph) -> list[list[list[Any]]]:
-    """The head loadings of each edge.
+def loadings(graph: Graph, table: str = "heads") -> list[list[list[Any]]]:
+    """The head loadings of each edge, or its hops.
+
+    Args:
+        graph: The graph.
+        table: "heads", "first_hops" or "last_hops".
 
     Returns:
         For each of the m edges its rows of [layer, head, key position, query position, weight].
     """
-    heads = graph.heads
+    heads: Heads = getattr(graph, table)
     columns = [plain(getattr(heads, name)) for name in ("layer", "head", "key", "query", "weight")]
     rows = [list(row) for row in zip(*columns, strict=True)]
     first = np.searchsorted(heads.edge, np.arange(len(graph.edges) + 1)).tolist()

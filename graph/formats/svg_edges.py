@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from circuits.graph.formats.rows import loadings, plain
+from circuits.graph.formats.rows import HEAD_TABLES, loadings, plain
 from circuits.graph.formats.svg_layout import Layout
 from circuits.graph.graph import Graph
 from circuits.graph.influence import shares
@@ -36,6 +36,8 @@ class Curve:
     score: float
     heads: list[list[Any]]
     crosses: bool
+    first_hops: list[list[Any]]
+    last_hops: list[list[Any]]
 
     def at(self, t: float) -> Point:
         """The point on the curve at t from 0, its source, to 1, its target."""
@@ -62,14 +64,16 @@ def curves(graph: Graph, layout: Layout, limit: int) -> list[Curve]:
     edges, nodes = graph.edges, graph.nodes
     scores = edge_scores(nodes, edges)
     part = shares(len(nodes), edges.target, edges.weight)
-    weights, heads = plain(edges.weight), loadings(graph)
+    weights = plain(edges.weight)
+    heads, first, last = (loadings(graph, table) for table in HEAD_TABLES)
     strongest = np.argsort(-scores, kind="stable")[:limit]
     drawn = []
     for edge in strongest[::-1].tolist():
         source, target = int(edges.source[edge]), int(edges.target[edge])
         crosses = bool(nodes.position[source] != nodes.position[target] or nodes.kind[source] == "mtc_key")
         points = _points(graph, layout, edge)
-        drawn.append(Curve(edge, points, weights[edge], float(part[edge]), float(scores[edge]), heads[edge], crosses))
+        numbers = weights[edge], float(part[edge]), float(scores[edge])
+        drawn.append(Curve(edge, points, *numbers, heads[edge], crosses, first[edge], last[edge]))
     return drawn
 
 

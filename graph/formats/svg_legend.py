@@ -42,7 +42,7 @@ def title_height(graph: Graph, width: float) -> float:
 
 
 def _facts(graph: Graph, width: float) -> list[str]:
-    """Model, scores, ledger and sizes, in as many lines as the width asks."""
+    """Model, scores, ledger and sizes, then the evidence, in as many lines as the width asks."""
     known = graph.metadata
     facts = [model_name(graph)]
     scores: dict[str, Any] = known.get("scores") or {}
@@ -56,11 +56,50 @@ def _facts(graph: Graph, width: float) -> list[str]:
     settings: dict[str, Any] = known.get("settings") or {}
     if _is_number(settings.get("node_threshold")) and _is_number(settings.get("edge_threshold")):
         facts.append(f"pruned at {settings['node_threshold']:g} / {settings['edge_threshold']:g}")
-    lines = [facts[0]]
-    for fact in facts[1:]:
-        longer = f"{lines[-1]} · {fact}"
-        lines = [*lines[:-1], longer] if text_width(longer) < width else [*lines, fact]
+    return [line for told in (facts, _evidence(known)) for line in _lines(told, width)]
+
+
+def _lines(facts: list[str], width: float) -> list[str]:
+    """Facts with dots between them, in as many lines as the width asks."""
+    lines: list[str] = []
+    for fact in facts:
+        longer = f"{lines[-1]} · {fact}" if lines else fact
+        lines = [*lines[:-1], longer] if text_width(longer) < width or not lines else [*lines, fact]
     return lines
+
+
+def _evidence(known: dict[str, Any]) -> list[str]:
+    """What interventions and explained scores say about the graph; nothing where nobody has looked."""
+    tested: dict[str, Any] = known.get("verification") or {}
+    facts = []
+    if nodes := tested.get("nodes"):
+        facts += [f"{nodes.get('tested', 0)} nodes ablated ({tested.get('mode', 'real')})", *_agreement(nodes)]
+        if effect := _with_interval(nodes, "median_effect", "median effect"):
+            random = _with_interval(tested.get("random") or {}, "median_effect", "of random nodes")
+            facts.append(f"{effect}, {random}" if random else effect)
+    if patterns := tested.get("patterns"):
+        facts.append(" ".join([f"{patterns.get('tested', 0)} patterns of heads changed:", *_agreement(patterns)[:1]]))
+    facts += [f"{name} {tested[name]:.2f}" for name in ("sufficiency", "necessity") if _is_number(tested.get(name))]
+    qk: dict[str, Any] = known.get("qk") or {}
+    if _is_number(qk.get("max_relative_gap")):
+        scores = f"{qk['scores']:,} scores explained, " if _is_number(qk.get("scores")) else ""
+        facts.append(f"{scores}QK gap {qk['max_relative_gap']:.1e}")
+    return facts
+
+
+def _agreement(figures: dict[str, Any]) -> list[str]:
+    """Rank correlation and slope with their intervals, those that are there."""
+    told = (_with_interval(figures, "spearman", "Spearman"), _with_interval(figures, "slope", "slope"))
+    return [words for words in told if words]
+
+
+def _with_interval(figures: dict[str, Any], key: str, name: str) -> str:
+    """A figure and, in brackets, its interval; "" where it is not there."""
+    if not _is_number(figures.get(key)):
+        return ""
+    ends = figures.get(f"{key}_interval")
+    interval = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends and all(_is_number(end) for end in ends) else ""
+    return f"{name} {figures[key]:.2f}{interval}"
 
 
 def _is_number(value: object) -> bool:
@@ -95,7 +134,8 @@ def _entries(graph: Graph, drawn: list[Curve]) -> list[tuple[str, str]]:
     heads = {row[1] for curve in drawn for row in curve.heads}
     entries += [("", f"{head_name(head)}: {words}") for head, words in _HEAD_WORDS.items() if head in heads]
     if any(curve.crosses and not curve.heads for curve in drawn):
-        entries.append(("frozen", "through frozen attention"))
+        hops = ", hops in its tooltip" if any(curve.first_hops for curve in drawn) else ""
+        entries.append(("frozen", f"through frozen attention{hops}"))
     count = f"{len(graph.edges):,} edges drawn"
     if len(drawn) < len(graph.edges):
         count = f"{len(drawn):,} of {len(graph.edges):,} edges drawn, the strongest"

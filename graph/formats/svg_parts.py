@@ -12,7 +12,7 @@ from circuits.graph.formats.rows import plain
 from circuits.graph.formats.svg_edges import Curve, Labels
 from circuits.graph.formats.svg_layout import SLANT, Layout
 from circuits.graph.formats.svg_style import escaped, shortened, shown, text_width
-from circuits.graph.formats.text import heads_text, strongest_head
+from circuits.graph.formats.text import heads_text, hops_text, strongest_head
 from circuits.graph.graph import Graph
 
 _NAMED_EDGES = 14
@@ -67,7 +67,9 @@ def edges(graph: Graph, drawn: list[Curve]) -> list[str]:
 
 def _edge_tooltip(curve: Curve, source: str, target: str) -> str:
     told = f"{source} → {target} · weight {curve.weight:+.4g} · {curve.share:.1%} of the target's input"
-    return told + (f" · heads {heads_text(curve.heads, 8)}" if curve.heads else "")
+    told += f" · heads {heads_text(curve.heads, 8)}" if curve.heads else ""
+    hops = hops_text(curve.first_hops, curve.last_hops, 5)
+    return f"{told} · {hops}" if hops else told
 
 
 def nodes(graph: Graph, layout: Layout) -> list[str]:
@@ -127,6 +129,9 @@ def _node_tooltip(node: dict[str, Any], name: str, tokens: tuple[str, ...]) -> s
         if node[key] is not None:
             told.append(f"{key.replace('_', '-')} {node[key]:.4g}")
     told.append(f"influence {node['influence']:.4g} (cumulative {node['cumulative_influence']:.3f})")
+    tested = [f"{key} {node[key]:+.3g}" for key in ("predicted", "measured") if node[key] is not None]
+    if tested:
+        told.append(f"change of the target without it: {', '.join(tested)}")
     return " · ".join(told)
 
 

@@ -72,6 +72,12 @@ def heads_text(rows: list[list[Any]], limit: int | None = None) -> str:
     return ", ".join(words) + (f", and {len(rows) - len(shown)} more" if len(shown) < len(rows) else "")
 
 
+def hops_text(first: list[list[Any]], last: list[list[Any]], limit: int | None = None) -> str:
+    """The hops of an edge through frozen attention in words, "" without any; see `heads_text`."""
+    parts = [f"{name} {heads_text(rows, limit)}" for name, rows in (("first hops", first), ("last hops", last)) if rows]
+    return " · ".join(parts)
+
+
 def strongest_head(rows: list[list[Any]]) -> str:
     """The name of the head with the largest loading on an edge, summed over key and query positions."""
     sums: dict[tuple[int, int], float] = {}

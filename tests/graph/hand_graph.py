@@ -19,7 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from circuits.graph import IDENTITY_HEAD, OWN_HEAD, Edges, Graph, Heads, Nodes, with_influence
+from circuits.graph import (
+    IDENTITY_HEAD,
+    OWN_HEAD,
+    REST,
+    STAYS,
+    Edges,
+    Graph,
+    Heads,
+    Nodes,
+    Pairs,
+    Scores,
+    with_influence,
+)
 
 KINDS = ["embedding", "embedding", "attention_error", "attention_feature", "logit"]
 
@@ -42,6 +54,8 @@ def hand_nodes(kinds: list[str] = KINDS, layers: list[int] | None = None) -> Nod
         cumulative_influence=np.ones(n),
         target_weight=np.where(kind == "logit", 0.5, 0.0),
         probability=np.where(kind == "logit", np.float32(0.5), nothing),
+        predicted=nothing,
+        measured=nothing,
         label=np.array([" a" if name in ("embedding", "logit") else "" for name in kinds]),
     )
 
@@ -71,6 +85,53 @@ MIXED_KINDS = [
     *("embedding", "embedding", "value_feature", "value_error", "mtc_key", "mtc_key", "mtc_query", "block_error"),
     *("attention_feature", "attention_error", "mlp_feature", "mlp_error", "logit"),
 ]
+
+
+def explained_hand_graph() -> Graph:
+    """The mixed graph with everything that says why: hops, explained scores with their pairs, and tested nodes.
+
+    Score 0 is of head L1H0 from token 1 to token 0, score 1 of the identity's neighbour L1H0 from token 1 to itself,
+    score 2 of the own pattern of a2_8_1 from token 1 to token 0. Edge 9 (q1_7_1 to 2_9_1) has hops, though it does
+    not leave its position.
+    """
+    graph = mixed_hand_graph()
+    tested = np.array([name in ("k1_7_1", "a2_8_1") for name in graph.node_ids()])
+    number = np.float32(np.arange(len(graph.nodes)))
+    nodes = replace(
+        graph.nodes,
+        predicted=np.where(tested, -0.1 * number, np.nan).astype(np.float32),
+        measured=np.where(tested, -0.2 * number, np.nan).astype(np.float32),
+    )
+    scores = Scores(
+        layer=[1, 1, 2],
+        head=[0, 0, OWN_HEAD],
+        query=[1, 1, 1],
+        key=[0, 1, 0],
+        owner=np.array(["", "", "a2_8_1"]),
+        score=np.float32([4.5, 2.5, 1.0]),
+        attention=np.float32([0.75, 0.25, 0.1]),
+        relative=np.float32([0.3, -0.8, np.nan]),
+        lead=np.float32([1.2, -1.6, np.nan]),
+        gap=np.float32([1e-6, 2e-6, 0]),
+    )
+    rows = [
+        *((2, "score", "E_11_1", "bias", 0, 1.0), (0, "score", "E_11_1", "v0_5_0", 0, 3.0)),
+        *((0, "score", "E_11_1", "E_10_0", 0, 2.0), (0, "score", "bias", "v0_5_0", 0, -0.5)),
+        *((0, "lead", "E_11_1", "v0_5_0", 0, 0.75), (0, "lead", "E_11_1", "E_11_1", 1, -0.25)),
+        *((0, "query", "E_11_1", "", 0, 5.0), (0, "key", "", "v0_5_0", 0, 2.5), (0, "key", "", "E_10_0", 0, 2.0)),
+        *((0, "qk_feature", "qk.1/37", "qk.1/37", 0, 4.25), (1, "score", "E_11_1", "E_11_1", 1, 0.1)),
+        (1, "query", "E_11_1", "", 1, 0.1),
+    ]
+    pairs = Pairs(*(np.array(values) for values in zip(*rows, strict=True)))
+    return replace(
+        graph,
+        nodes=nodes,
+        first_hops=Heads.from_rows([(9, 1, 0, 0, 1, 0.75), (9, -1, REST, 1, 1, 0.25), (13, -1, STAYS, 1, 1, 3.0)]),
+        last_hops=Heads.from_rows([(13, -1, STAYS, 1, 1, 3.0), (9, 2, 3, 0, 1, 1.25), (9, -1, REST, 1, 1, -0.25)]),
+        patterns={**graph.patterns, (2, 3): np.float32([[1, 0], [0.5, 0.5]])},
+        scores=scores,
+        pairs=replace(pairs, score=pairs.score.astype(np.int32), weight=pairs.weight.astype(np.float32)),
+    )
 
 
 def mixed_hand_graph() -> Graph:

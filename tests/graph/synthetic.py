@@ -137,6 +137,8 @@ def _nodes(size: Size, rng: np.random.Generator) -> Nodes:
         cumulative_influence=np.ones(count),
         target_weight=weight,
         probability=probability,
+        predicted=np.full(count, np.nan),
+        measured=np.full(count, np.nan),
         label=label,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hand_graph import hand_graph, hand_nodes, mixed_hand_graph
+from hand_graph import explained_hand_graph, hand_graph, hand_nodes, mixed_hand_graph
 from synthetic import Size, synthetic_graph
 
 from circuits.graph import Edges, Graph, GraphError, Heads
@@ -22,7 +22,7 @@ HOSTILE = ("<script>alert(1)</script>", '"quoted"', "line\nbreak", "nul\x00", "ð
 
 def assert_same(found: Graph, expected: Graph) -> None:
     """Every array bit for bit, and everything else equal."""
-    for table in ("nodes", "edges", "heads"):
+    for table in ("nodes", "edges", "heads", "first_hops", "last_hops", "scores", "pairs"):
         for name, values in getattr(expected, table).columns().items():
             other = getattr(getattr(found, table), name)
             assert other.dtype.kind == values.dtype.kind
@@ -52,6 +52,7 @@ def hostile_graph() -> Graph:
 GRAPHS = {
     "hand": hand_graph,
     "mixed hand": mixed_hand_graph,
+    "explained": explained_hand_graph,
     "mixed full": lambda: synthetic_graph(Size(9, n_features=40, mixed=True)),
     "mixed pruned": lambda: synthetic_graph(Size(14, n_features=70, mixed=True)).prune(0.95),
     "full": lambda: synthetic_graph(Size(7, n_features=20)),
@@ -183,11 +184,11 @@ def test_special_heads_in_every_format(tmp_path: Path) -> None:
 
     graph = mixed_hand_graph()
     content = json.loads(dumps(graph))
-    assert content["graph"]["head_names"] == {"-1": "id", "-2": "own"}
+    assert content["graph"]["head_names"] == {"-1": "id", "-2": "own", "-3": "stays", "-4": "rest"}
     links = {(link["source"], link["target"]): link.get("heads") for link in content["links"]}
     assert links["k1_7_1", "q1_7_1"] == [[1, -1, 1, 1, 2.0], [1, 0, 1, 1, 1.0]]
     digraph = graph.to_networkx()
-    assert digraph.graph["head_names"] == {-1: "id", -2: "own"}
+    assert digraph.graph["head_names"] == {-1: "id", -2: "own", -3: "stays", -4: "rest"}
     assert digraph.edges["q1_7_1", "a2_8_1"]["heads"] == [(2, -2, 1, 1, 2.0)]
     for suffix in SUFFIXES:
         graph.save(tmp_path / f"graph{suffix}")

@@ -177,8 +177,8 @@ def test_heads_have_names() -> None:
     """The identity and the own pattern have words, and lower numbers mean nothing."""
     assert [head_name(head) for head in (3, IDENTITY_HEAD, OWN_HEAD)] == ["H3", "id", "own"]
     assert [head_name(head, layer=2) for head in (3, IDENTITY_HEAD, OWN_HEAD)] == ["L2H3", "L2 id", "L2 own"]
-    with pytest.raises(GraphError, match=r"Heads\.head has -3"):
-        Heads.from_rows([(0, 0, -3, 0, 0, 1.0)])
+    with pytest.raises(GraphError, match=r"Heads\.head has -5"):
+        Heads.from_rows([(0, 0, -5, 0, 0, 1.0)])
 
 
 def test_loadings_are_sorted_by_edge() -> None:

@@ -1,0 +1,312 @@
+"""QK attributions: why a head looked where it did (DESIGN.md section 5).
+
+    c_ij(s) = c (R_p g_q r_q W_Q N(v_i)[p]) . (R_s g_k r_k W_K N(v_j)[s])       sum over pairs (i, j) = recorded score
+    (delta_sk - A[p,k]) c_ij(k)      sum over pairs and keys k = log A[p,s] - sum_k A[p,k] log A[p,k]
+
+The first form says what makes the score, the second what makes it beat the other keys: softmax sees nothing else. Where
+a head looks hardly anywhere else, all of the second form vanishes; divided by `1 - A[p,s]` it is the score's *lead*, the
+score less the mean of the other keys' scores, weighted with their attention. Both have a ledger: the sum over all pairs against what the forward pass recorded. A soft cap is not linear; its secant
+through the recorded score stands for it.
+
+Shapes: C circuits, n parts of a query, m parts of all keys up to it, E head width, S positions, T explained scores.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from circuits.graph import OWN_HEAD
+from circuits.linearize import LinearizedModel
+from circuits.nodes import NodeTable
+from circuits.score_circuits import OwnScoreCircuit, ScoreCircuit, Side, SideReader
+from circuits.sweep import Sweep
+
+# Key parts that are multiplied out at first when the strongest pairs are looked for.
+CANDIDATES = 20
+PAIR_BUDGET = 2**24
+
+
+@dataclass(frozen=True, order=True)
+class HeadStep:
+    """A head that looks from a query position at a key position.
+
+    `owner` is the node, in the table, of the feature whose own pattern it is; -1 for a head of the base model.
+    """
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    owner: int = -1
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """The strongest parts of T scores, (T, top) each: nodes or named constants, the key's position, and weights.
+
+    Weights of entries that are not there (fewer parts than asked for) are zero.
+    """
+
+    query: Tensor
+    key: Tensor
+    place: Tensor
+    weight: Tensor
+
+    def take(self, rows: slice) -> "Strongest":
+        """Those of some scores."""
+        return Strongest(self.query[rows], self.key[rows], self.place[rows], self.weight[rows])
+
+    def put(self, rows: Tensor, other: "Strongest") -> None:
+        """Put others in the place of some rows."""
+        for name in ("query", "key", "place", "weight"):
+            getattr(self, name)[rows] = getattr(other, name)
+
+
+class QueryBlock:
+    """Queries of several circuits of one layer at one position, against all their keys.
+
+    Attributes
+    ----------
+    circuits, position : whose queries, and where
+    query : their parts, (C, n, E)
+    key_sources, key_of : (m,) node, or named constant, and position of each part of the keys
+    keys : (C, m, E)
+    scores, attention, log_attention : (C, position + 1) as recorded, float64; log A is -inf where a window forbids it
+    """
+
+    def __init__(self, circuits: Sequence[ScoreCircuit], position: int, query: Side, keys: "_Keys") -> None:
+        self.circuits, self.position, self.query = circuits, position, query
+        end = position + 1
+        self.key_sources, self.key_of, self.keys = keys.up_to(position, [circuit.keys_of for circuit in circuits])
+        self.scores = torch.stack([circuit.scores[position, :end] for circuit in circuits]).double()
+        self.secant = torch.stack([circuit.secant[position, :end] for circuit in circuits])
+        allowed = torch.stack([circuit.allowed(position) for circuit in circuits])
+        self.log_attention = self.scores.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+        self.attention = self.log_attention.exp()
+
+    def pairs(self, circuit: int, columns: Tensor | slice) -> Tensor:
+        """(n, columns) what each pair of parts adds to the score of its key."""
+        keys = self.keys[circuit, columns] * self.secant[circuit, self.key_of[columns]].unsqueeze(1)
+        return self.query.vectors[circuit] @ keys.T
+
+    @cached_property
+    def key_totals(self) -> Tensor:
+        """(C, position + 1, E) the keys, float64, put together from their parts."""
+        shape = (len(self.circuits), self.position + 1, self.keys.shape[-1])
+        return self.keys.new_zeros(shape, dtype=torch.float64).index_add_(1, self.key_of, self.keys.double())
+
+    @cached_property
+    def query_totals(self) -> Tensor:
+        """(C, E) the queries, float64, put together from their parts."""
+        return self.query.vectors.double().sum(1)
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """(C, position + 1) the sum of all pairs at each key, float64."""
+        return torch.einsum("ce,cke->ck", self.query_totals, self.key_totals) * self.secant
+
+    def relative(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T,) `log A[p,s] - sum_k A[p,k] log A[p,k]`, the attention on other keys times the lead."""
+        others = self.attention[circuit].scatter(1, key.unsqueeze(1), 0.0)
+        own, logs = self.log_attention[circuit, key], self.log_attention[circuit]
+        return (others * (own.unsqueeze(1) - logs.masked_fill(others == 0, 0.0))).sum(1)
+
+    def lead(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T,) the score less the mean of the other keys' scores, weighted with their attention; 0 with no other."""
+        others = self.attention[circuit].scatter(1, key.unsqueeze(1), 0.0)
+        rest = others.sum(1)
+        mean = (others * self.scores[circuit]).sum(1) / rest.clamp(min=torch.finfo(rest.dtype).tiny)
+        return torch.where(rest > 0, self.scores[circuit, key] - mean, 0.0)
+
+    def shares(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T, position + 1) `delta_sk - A[p,k]`: how the score of each key counts in the relative form."""
+        others = self.attention[circuit].scatter(1, key.unsqueeze(1), 0.0)
+        return (-others).scatter(1, key.unsqueeze(1), others.sum(1, keepdim=True))
+
+    def lead_shares(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T, position + 1) how the score of each key counts in the lead: one for the key, all others minus one."""
+        shares = self.shares(circuit, key)
+        own = shares.gather(1, key.unsqueeze(1))
+        return torch.where(own > 0, shares / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
+
+    def query_sides(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T, n) each query part's sum over all parts of the key."""
+        keys = (self.key_totals[circuit, key] * self.secant[circuit, key].unsqueeze(1)).float()
+        return torch.einsum("tne,te->tn", self.query.vectors[circuit], keys)
+
+    def key_sides(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T, m) each key part's sum over all parts of the query, zero at other keys."""
+        sums = torch.einsum("cme,ce->cm", self.keys, self.query_totals.float())[circuit]
+        return sums * self.secant[circuit, key].unsqueeze(1) * (self.key_of == key.unsqueeze(1))
+
+    def gaps(self, circuit: Tensor, key: Tensor) -> Tensor:
+        """(T,) the ledger: the worse relative gap of the two forms.
+
+        `|sum of all pairs - recorded| / max(|recorded|, largest part)`; the parts are each query part's sum over the
+        key, and in the relative form the keys' terms.
+        """
+        score, total = self.scores[circuit, key], self.totals[circuit, key]
+        largest = self.query_sides(circuit, key).abs().amax(1)
+        gap = (total - score).abs() / torch.maximum(score.abs(), largest).clamp(min=1e-30)
+        terms, relative = self.shares(circuit, key) * self.totals[circuit], self.relative(circuit, key)
+        size = torch.maximum(relative.abs(), terms.abs().amax(1)).clamp(min=1e-30)
+        return torch.maximum(gap, (terms.sum(1) - relative).abs() / size)
+
+    def strongest_pairs(self, circuit: Tensor, key: Tensor, top: int) -> tuple[Strongest, Strongest]:
+        """The pairs with the largest parts of the scores, and of their leads (the order is that of the relative form)."""
+        n_scores = len(circuit)
+        own = (self.key_of == key.unsqueeze(1)).float()
+        factors = (
+            torch.cat([own, self.lead_shares(circuit, key).float()[:, self.key_of]]) * self._secants[circuit.repeat(2)]
+        )
+        found = self._strongest(circuit.repeat(2), factors, top, CANDIDATES)
+        return found.take(slice(0, n_scores)), found.take(slice(n_scores, None))
+
+    @cached_property
+    def _secants(self) -> Tensor:
+        """(C, m) the secant of each key's score."""
+        return self.secant[:, self.key_of]
+
+    @cached_property
+    def _reach(self) -> tuple[Tensor, Tensor]:
+        """(C,) the longest part of the query, and (C, m) the lengths of the keys' parts: no pair is larger than their
+        product."""
+        return self.query.vectors.norm(dim=-1).amax(1), self.keys.norm(dim=-1)
+
+    def _strongest(self, circuit: Tensor, factors: Tensor, top: int, candidates: int) -> Strongest:
+        """The largest pairs times factors (T, m) of their key parts.
+
+        Only pairs of the key parts that could reach furthest are multiplied out; where a pair of another part could be
+        among the largest after all, the search is done again with all of them.
+        """
+        longest, lengths = self._reach
+        bound = lengths[circuit] * factors.abs() * longest[circuit].unsqueeze(1)
+        count = min(candidates, bound.shape[1])
+        bounds, columns = bound.topk(min(count + 1, bound.shape[1]), dim=1)
+        columns = columns[:, :count]
+        keys = self.keys[circuit.unsqueeze(1), columns] * factors.gather(1, columns).unsqueeze(-1)
+        weights = keys @ self.query.vectors[circuit].transpose(1, 2)
+        low, high = weights.aminmax(dim=2)
+        best = torch.maximum(high, -low).topk(min(top, count), dim=1).indices
+        n = weights.shape[2]
+        flat = weights.gather(1, best.unsqueeze(-1).expand(-1, -1, n)).flatten(1)
+        places = flat.abs().topk(min(top, flat.shape[1]), dim=1).indices
+        chosen = columns.gather(1, best.gather(1, places // n))
+        found = Strongest(
+            self.query.sources[places % n], self.key_sources[chosen], self.key_of[chosen], flat.gather(1, places)
+        )
+        if bounds.shape[1] > count:
+            doubtful = (bounds[:, -1] > found.weight[:, -1].abs()).nonzero().squeeze(1)
+            if len(doubtful):
+                again = self._strongest(circuit[doubtful], factors[doubtful], top, 8 * candidates)
+                found.put(doubtful, again)
+        return found
+
+    def strongest_sides(self, circuit: Tensor, key: Tensor, top: int) -> tuple[Strongest, Strongest]:
+        """The parts of the query, and of the key, with the largest sums over the other side."""
+        queries, keys = self.query_sides(circuit, key), self.key_sides(circuit, key)
+        at = queries.abs().topk(min(top, queries.shape[1]), dim=1).indices
+        nothing = torch.zeros_like(at)
+        first = Strongest(self.query.sources[at], nothing, key.unsqueeze(1).expand_as(at), queries.gather(1, at))
+        at = keys.abs().topk(min(top, keys.shape[1]), dim=1).indices
+        nothing = torch.zeros_like(at)
+        return first, Strongest(nothing, self.key_sources[at], key.unsqueeze(1).expand_as(at), keys.gather(1, at))
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Scores of one block: `steps[i]` is that of circuit `circuit[i]` at key `key[i]`."""
+
+    steps: tuple[HeadStep, ...]
+    block: QueryBlock
+    circuit: Tensor
+    key: Tensor
+
+
+class QKAttribution:
+    """Explains any score of one traced prompt."""
+
+    def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
+        self.linear, self.table = linear, table
+        self._reader = SideReader(linear, table)
+
+    @classmethod
+    def of(cls, sweep: Sweep) -> "QKAttribution":
+        """On the nodes of a sweep."""
+        return cls(sweep.linear, sweep.table)
+
+    @torch.no_grad()
+    def explain(self, steps: Iterable[HeadStep]) -> Iterable[Explained]:
+        """The steps, by layer and query position; the parts of keys are read once a layer."""
+        layers: dict[int, list[HeadStep]] = defaultdict(list)
+        for step in sorted(set(steps)):
+            layers[step.layer].append(step)
+        for layer, group in layers.items():
+            yield from self._layer(layer, group)
+
+    def _layer(self, layer: int, steps: Sequence[HeadStep]) -> Iterable[Explained]:
+        kinds = defaultdict(list)
+        for step in steps:
+            kinds[-1 if step.owner < 0 else int(self.table.dictionary[step.owner])].append(step)
+        for alike in kinds.values():
+            yield from self._alike(layer, alike)
+
+    def _alike(self, layer: int, steps: Sequence[HeadStep]) -> Iterable[Explained]:
+        """Steps of one layer by heads of the base model, or by patterns of one dictionary."""
+        names = sorted({(step.head, step.owner) for step in steps})
+        weights = self.linear.model.score_weights(layer)
+        circuits = [
+            OwnScoreCircuit(self.linear, int(self.table.dictionary[owner]), int(self.table.feature[owner]))
+            if head == OWN_HEAD
+            else ScoreCircuit(self.linear, layer, head, weights)
+            for head, owner in names
+        ]
+        places: dict[int, list[HeadStep]] = defaultdict(list)
+        for step in steps:
+            places[step.query].append(step)
+        asked = {p: sorted({names.index((s.head, s.owner)) for s in group}) for p, group in places.items()}
+        queries = self._reader.read(circuits, "query", asked)
+        keys = _Keys(self._reader, circuits, max(places))
+        for position, group in sorted(places.items()):
+            numbers = asked[position]
+            n_parts = queries[position].sources.shape[0] * keys.count(position)
+            for start in range(0, len(numbers), size := max(1, PAIR_BUDGET // max(1, n_parts))):
+                chosen = numbers[start : start + size]
+                side = queries[position]
+                part = Side(side.sources, side.vectors[start : start + size])
+                block = QueryBlock([circuits[number] for number in chosen], position, part, keys)
+                mine = [step for step in group if names.index((step.head, step.owner)) in chosen]
+                device = part.vectors.device
+                of = torch.tensor([chosen.index(names.index((s.head, s.owner))) for s in mine], device=device)
+                yield Explained(tuple(mine), block, of, torch.tensor([step.key for step in mine], device=device))
+
+
+class _Keys:
+    """Keys of a layer's circuits at all positions, one after the other; circuits that share keys share their parts."""
+
+    def __init__(self, reader: SideReader, circuits: Sequence[ScoreCircuit], last: int) -> None:
+        different = {circuit.keys_of: circuit for circuit in circuits}
+        self._number = {name: i for i, name in enumerate(different)}
+        everyone = list(range(len(different)))
+        sides = reader.read(list(different.values()), "key", dict.fromkeys(range(last + 1), everyone))
+        self._starts = [0]
+        for position in range(last + 1):
+            self._starts.append(self._starts[-1] + len(sides[position].sources))
+        self._sources = torch.cat([sides[p].sources for p in range(last + 1)])
+        self._vectors = torch.cat([sides[p].vectors for p in range(last + 1)], dim=1)
+        sizes = torch.tensor(self._starts, device=self._sources.device).diff()
+        self._key_of = torch.arange(last + 1, device=sizes.device).repeat_interleave(sizes)
+
+    def count(self, position: int) -> int:
+        """How many parts all keys up to a position have."""
+        return self._starts[position + 1]
+
+    def up_to(self, position: int, names: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sources (m,), positions (m,) and vectors (C, m, E) of the keys up to a position."""
+        end = self.count(position)
+        number = torch.tensor([self._number[name] for name in names], device=self._sources.device)
+        return self._sources[:end], self._key_of[:end], self._vectors[number, :end]
