@@ -1,4 +1,4 @@
-"""What a node reads, what an edge carries, by which heads, and why they looked there: an explanation of part of a graph.
+"""What a node reads, what an edge carries, by which heads, and why they looked there.
 
 Everything is made of the graph's own numbers and of the prompt laid out again: the ledger of the target, head loadings
 and hops, QK attributions, and of each feature the tokens that it gets its input from (`circuits.origins`).
@@ -61,9 +61,9 @@ class Meeting:
 class Look:
     """Why one head looked from a query at a key.
 
-    `lead` is the score less the mean of the other keys' scores, weighted with their attention; `pairs` are its strongest
-    parts, `score_pairs` those of the score alone.
-    `loading` is what the head carries of the edges that are explained.
+    `lead` is the score less the mean of the other keys' scores, weighted with their attention; `pairs` are its
+    strongest parts, `score_pairs` those of the score alone. `loading` is what the head carries of the edges that are
+    explained.
     """
 
     layer: int

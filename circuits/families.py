@@ -16,8 +16,8 @@ from circuits.errors import CircuitsError
 class Family:
     """The parts of one architecture.
 
-    `query`, `key` and `value` may be one fused projection. With the layout "parts", `query_part = (i, n)` takes the i-th
-    of n equal parts of its outputs; with "heads" the same within each head.
+    `query`, `key` and `value` may be one fused projection. With the layout "parts", `query_part = (i, n)` takes the
+    i-th of n equal parts of its outputs; with "heads" the same within each head.
 
     `gain_offset` is added to the weight of every norm to give its gain. `attention_post_norm` and `mlp_post_norm` stand
     between a sublayer and the stream. `parallel` names the setting of the configuration that says whether attention and

@@ -1,8 +1,8 @@
 """Why heads looked where they did, for the edges of a graph: which scores to explain, and their strongest pairs.
 
 On an edge heads are weighted by their loadings: the heads with the largest ones are explained, until they carry
-`COVERED` of the edge's absolute loading, at most `MOST` of them. Where attention is only frozen, the strongest first and
-last hop of an edge are explained.
+`COVERED` of the edge's absolute loading, at most `MOST` of them. Where attention is only frozen, the strongest first
+and last hop of an edge are explained.
 """
 
 from collections.abc import Sequence
@@ -71,7 +71,6 @@ def with_scores(
 
 def edge_steps(graph: Graph, sweep: Sweep, edges: np.ndarray | None = None) -> list[HeadStep]:
     """The heads to explain for a graph's edges, each once."""
-    number = table_numbers(graph, sweep)
     chosen = np.ones(len(graph.edges), dtype=bool)
     if edges is not None:
         chosen = np.zeros(len(graph.edges), dtype=bool)
@@ -79,7 +78,9 @@ def edge_steps(graph: Graph, sweep: Sweep, edges: np.ndarray | None = None) -> l
     found = []
     for heads, most in ((graph.heads, MOST), (graph.first_hops, 1), (graph.last_hops, 1)):
         rows = strongest_heads(heads.take(chosen[heads.edge]), most)
-        owners = np.where(rows.head == OWN_HEAD, number[graph.edges.target[rows.edge]], -1)
+        owners = np.full(len(rows), -1)
+        if (own := rows.head == OWN_HEAD).any():
+            owners[own] = table_numbers(graph, sweep)[graph.edges.target[rows.edge[own]]]
         columns = (rows.layer, rows.head, rows.query, rows.key, owners)
         found.append(list(zip(*(column.tolist() for column in columns), strict=True)))
     return [HeadStep(*step) for step in sorted(set(chain.from_iterable(found)))]
@@ -124,14 +125,12 @@ class _Collected:
 
     def add(self, explained: Explained, qk: Sequence[QKDictionary], sweep: Sweep) -> None:
         """One block's scores, their strongest pairs and sides, and their parts in trained QK features."""
-        block, circuit, key = explained.block, explained.circuit, explained.key
         steps = np.array([(s.layer, s.head, s.query, s.key, s.owner) for s in explained.steps]).T
         owner = np.where(steps[4] < 0, "", part_names(self.table, np.maximum(steps[4], 0)))
-        figures = (block.scores[circuit, key], block.attention[circuit, key], block.relative(circuit, key),
-                   block.lead(circuit, key), block.gaps(circuit, key))  # fmt: skip
+        figures = (explained.scores, explained.attention, explained.relative, explained.lead, explained.gaps)
         self.scores.append((*steps[:4], owner, *(figure.cpu().numpy() for figure in figures)))
-        pairs, leads = block.strongest_pairs(circuit, key, self.top)
-        queries, keys = block.strongest_sides(circuit, key, self.top)
+        pairs, leads = explained.strongest_pairs(self.top)
+        queries, keys = explained.strongest_sides(self.top)
         for form, found in (("score", pairs), ("lead", leads), ("query", queries), ("key", keys)):
             self._add(form, found)
         for dictionary in qk:
@@ -156,7 +155,7 @@ class _Collected:
         u, v = dictionary.features(*sites)
         loading = dictionary.head_weights[:, [of.heads.index(explained.steps[i].head) for i in mine]].T
         met = torch.einsum("fr,sfr->sf", u[-1], v)
-        lead = (block.lead_shares(explained.circuit[mine], explained.key[mine]).float() @ met) * loading
+        lead = (explained.lead_shares[mine].float() @ met) * loading
         weight, feature = (column.cpu().numpy() for column in _top(lead, self.top))
         row, at = np.nonzero(weight)
         number = np.array(mine)[row]
@@ -171,7 +170,7 @@ class _Collected:
             return Scores.empty(), Pairs.empty()
         scores = [np.concatenate(column) for column in zip(*self.scores, strict=True)]
         pairs = [np.concatenate(column) for column in zip(*self.pairs, strict=True)]
-        order = np.argsort(pairs[0], kind="stable")
+        order = np.lexsort((np.minimum(pairs[1], len(PAIR_FORMS) - 1), pairs[0]))
         number, form, query, key, place, weight = (column[order] for column in pairs)
         sides = [self._names(form, side, other) for side, other in ((query, "key"), (key, "query"))]
         forms = np.array([*PAIR_FORMS, *(["qk_feature"] * len(self.dictionaries))])[form]

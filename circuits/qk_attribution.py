@@ -3,10 +3,11 @@
     c_ij(s) = c (R_p g_q r_q W_Q N(v_i)[p]) . (R_s g_k r_k W_K N(v_j)[s])       sum over pairs (i, j) = recorded score
     (delta_sk - A[p,k]) c_ij(k)      sum over pairs and keys k = log A[p,s] - sum_k A[p,k] log A[p,k]
 
-The first form says what makes the score, the second what makes it beat the other keys: softmax sees nothing else. Where
-a head looks hardly anywhere else, all of the second form vanishes; divided by `1 - A[p,s]` it is the score's *lead*, the
-score less the mean of the other keys' scores, weighted with their attention. Both have a ledger: the sum over all pairs against what the forward pass recorded. A soft cap is not linear; its secant
-through the recorded score stands for it.
+The first form says what makes the score, the second what makes it beat the other keys: softmax sees nothing else.
+Where a head looks hardly anywhere else, all of the second form vanishes; divided by `1 - A[p,s]` it is the score's
+*lead*: the score less the mean of the other keys' scores, weighted with their attention. Both forms have a ledger, the
+sum over all pairs against what the forward pass recorded. A soft cap is not linear; its secant through the recorded
+score stands for it.
 
 Shapes: C circuits, n parts of a query, m parts of all keys up to it, E head width, S positions, T explained scores.
 """
@@ -25,8 +26,6 @@ from circuits.nodes import NodeTable
 from circuits.score_circuits import OwnScoreCircuit, ScoreCircuit, Side, SideReader
 from circuits.sweep import Sweep
 
-# Key parts that are multiplied out at first when the strongest pairs are looked for.
-CANDIDATES = 20
 PAIR_BUDGET = 2**24
 
 
@@ -48,6 +47,8 @@ class HeadStep:
 class Strongest:
     """The strongest parts of T scores, (T, top) each: nodes or named constants, the key's position, and weights.
 
+    Of one side's sums both sides have the same name.
+
     Weights of entries that are not there (fewer parts than asked for) are zero.
     """
 
@@ -59,11 +60,6 @@ class Strongest:
     def take(self, rows: slice) -> "Strongest":
         """Those of some scores."""
         return Strongest(self.query[rows], self.key[rows], self.place[rows], self.weight[rows])
-
-    def put(self, rows: Tensor, other: "Strongest") -> None:
-        """Put others in the place of some rows."""
-        for name in ("query", "key", "place", "weight"):
-            getattr(self, name)[rows] = getattr(other, name)
 
 
 class QueryBlock:
@@ -109,122 +105,121 @@ class QueryBlock:
         """(C, position + 1) the sum of all pairs at each key, float64."""
         return torch.einsum("ce,cke->ck", self.query_totals, self.key_totals) * self.secant
 
-    def relative(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T,) `log A[p,s] - sum_k A[p,k] log A[p,k]`, the attention on other keys times the lead."""
-        others = self.attention[circuit].scatter(1, key.unsqueeze(1), 0.0)
-        own, logs = self.log_attention[circuit, key], self.log_attention[circuit]
-        return (others * (own.unsqueeze(1) - logs.masked_fill(others == 0, 0.0))).sum(1)
-
-    def lead(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T,) the score less the mean of the other keys' scores, weighted with their attention; 0 with no other."""
-        others = self.attention[circuit].scatter(1, key.unsqueeze(1), 0.0)
-        rest = others.sum(1)
-        mean = (others * self.scores[circuit]).sum(1) / rest.clamp(min=torch.finfo(rest.dtype).tiny)
-        return torch.where(rest > 0, self.scores[circuit, key] - mean, 0.0)
-
-    def shares(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T, position + 1) `delta_sk - A[p,k]`: how the score of each key counts in the relative form."""
-        others = self.attention[circuit].scatter(1, key.unsqueeze(1), 0.0)
-        return (-others).scatter(1, key.unsqueeze(1), others.sum(1, keepdim=True))
-
-    def lead_shares(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T, position + 1) how the score of each key counts in the lead: one for the key, all others minus one."""
-        shares = self.shares(circuit, key)
-        own = shares.gather(1, key.unsqueeze(1))
-        return torch.where(own > 0, shares / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
-
-    def query_sides(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T, n) each query part's sum over all parts of the key."""
-        keys = (self.key_totals[circuit, key] * self.secant[circuit, key].unsqueeze(1)).float()
-        return torch.einsum("tne,te->tn", self.query.vectors[circuit], keys)
-
-    def key_sides(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T, m) each key part's sum over all parts of the query, zero at other keys."""
-        sums = torch.einsum("cme,ce->cm", self.keys, self.query_totals.float())[circuit]
-        return sums * self.secant[circuit, key].unsqueeze(1) * (self.key_of == key.unsqueeze(1))
-
-    def gaps(self, circuit: Tensor, key: Tensor) -> Tensor:
-        """(T,) the ledger: the worse relative gap of the two forms.
-
-        `|sum of all pairs - recorded| / max(|recorded|, largest part)`; the parts are each query part's sum over the
-        key, and in the relative form the keys' terms.
-        """
-        score, total = self.scores[circuit, key], self.totals[circuit, key]
-        largest = self.query_sides(circuit, key).abs().amax(1)
-        gap = (total - score).abs() / torch.maximum(score.abs(), largest).clamp(min=1e-30)
-        terms, relative = self.shares(circuit, key) * self.totals[circuit], self.relative(circuit, key)
-        size = torch.maximum(relative.abs(), terms.abs().amax(1)).clamp(min=1e-30)
-        return torch.maximum(gap, (terms.sum(1) - relative).abs() / size)
-
-    def strongest_pairs(self, circuit: Tensor, key: Tensor, top: int) -> tuple[Strongest, Strongest]:
-        """The pairs with the largest parts of the scores, and of their leads (the order is that of the relative form)."""
-        n_scores = len(circuit)
-        own = (self.key_of == key.unsqueeze(1)).float()
-        factors = (
-            torch.cat([own, self.lead_shares(circuit, key).float()[:, self.key_of]]) * self._secants[circuit.repeat(2)]
-        )
-        found = self._strongest(circuit.repeat(2), factors, top, CANDIDATES)
-        return found.take(slice(0, n_scores)), found.take(slice(n_scores, None))
-
     @cached_property
-    def _secants(self) -> Tensor:
-        """(C, m) the secant of each key's score."""
-        return self.secant[:, self.key_of]
-
-    @cached_property
-    def _reach(self) -> tuple[Tensor, Tensor]:
-        """(C,) the longest part of the query, and (C, m) the lengths of the keys' parts: no pair is larger than their
-        product."""
-        return self.query.vectors.norm(dim=-1).amax(1), self.keys.norm(dim=-1)
-
-    def _strongest(self, circuit: Tensor, factors: Tensor, top: int, candidates: int) -> Strongest:
-        """The largest pairs times factors (T, m) of their key parts.
-
-        Only pairs of the key parts that could reach furthest are multiplied out; where a pair of another part could be
-        among the largest after all, the search is done again with all of them.
-        """
-        longest, lengths = self._reach
-        bound = lengths[circuit] * factors.abs() * longest[circuit].unsqueeze(1)
-        count = min(candidates, bound.shape[1])
-        bounds, columns = bound.topk(min(count + 1, bound.shape[1]), dim=1)
-        columns = columns[:, :count]
-        keys = self.keys[circuit.unsqueeze(1), columns] * factors.gather(1, columns).unsqueeze(-1)
-        weights = keys @ self.query.vectors[circuit].transpose(1, 2)
-        low, high = weights.aminmax(dim=2)
-        best = torch.maximum(high, -low).topk(min(top, count), dim=1).indices
-        n = weights.shape[2]
-        flat = weights.gather(1, best.unsqueeze(-1).expand(-1, -1, n)).flatten(1)
-        places = flat.abs().topk(min(top, flat.shape[1]), dim=1).indices
-        chosen = columns.gather(1, best.gather(1, places // n))
-        found = Strongest(
-            self.query.sources[places % n], self.key_sources[chosen], self.key_of[chosen], flat.gather(1, places)
-        )
-        if bounds.shape[1] > count:
-            doubtful = (bounds[:, -1] > found.weight[:, -1].abs()).nonzero().squeeze(1)
-            if len(doubtful):
-                again = self._strongest(circuit[doubtful], factors[doubtful], top, 8 * candidates)
-                found.put(doubtful, again)
-        return found
-
-    def strongest_sides(self, circuit: Tensor, key: Tensor, top: int) -> tuple[Strongest, Strongest]:
-        """The parts of the query, and of the key, with the largest sums over the other side."""
-        queries, keys = self.query_sides(circuit, key), self.key_sides(circuit, key)
-        at = queries.abs().topk(min(top, queries.shape[1]), dim=1).indices
-        nothing = torch.zeros_like(at)
-        first = Strongest(self.query.sources[at], nothing, key.unsqueeze(1).expand_as(at), queries.gather(1, at))
-        at = keys.abs().topk(min(top, keys.shape[1]), dim=1).indices
-        nothing = torch.zeros_like(at)
-        return first, Strongest(nothing, self.key_sources[at], key.unsqueeze(1).expand_as(at), keys.gather(1, at))
+    def largest(self) -> Tensor:
+        """(C, m) the largest product of each part of the keys with a part of the query, before the secant."""
+        low, high = torch.aminmax(self.keys @ self.query.vectors.transpose(1, 2), dim=2)
+        return torch.maximum(high, -low)
 
 
 @dataclass(frozen=True)
 class Explained:
-    """Scores of one block: `steps[i]` is that of circuit `circuit[i]` at key `key[i]`."""
+    """T scores of one block: `steps[i]` is that of circuit `circuit[i]` at key `key[i]`."""
 
     steps: tuple[HeadStep, ...]
     block: QueryBlock
     circuit: Tensor
     key: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """(T,) as recorded, after a soft cap, float64."""
+        return self.block.scores[self.circuit, self.key]
+
+    @property
+    def attention(self) -> Tensor:
+        """(T,) A[p, s], float64."""
+        return self.block.attention[self.circuit, self.key]
+
+    @cached_property
+    def _others(self) -> Tensor:
+        """(T, position + 1) the attention on other keys."""
+        return self.block.attention[self.circuit].scatter(1, self.key.unsqueeze(1), 0.0)
+
+    @cached_property
+    def relative(self) -> Tensor:
+        """(T,) `log A[p,s] - sum_k A[p,k] log A[p,k]`: the attention on other keys times the lead."""
+        logs = self.block.log_attention[self.circuit]
+        own = logs.gather(1, self.key.unsqueeze(1))
+        return (self._others * (own - logs.masked_fill(self._others == 0, 0.0))).sum(1)
+
+    @property
+    def lead(self) -> Tensor:
+        """(T,) the score less the mean of the other keys' scores, weighted with their attention; 0 with no other."""
+        rest = self._others.sum(1)
+        mean = (self._others * self.block.scores[self.circuit]).sum(1) / rest.clamp(min=torch.finfo(rest.dtype).tiny)
+        return torch.where(rest > 0, self.scores - mean, 0.0)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """(T, position + 1) `delta_sk - A[p,k]`: how the score of each key counts in the relative form."""
+        return (-self._others).scatter(1, self.key.unsqueeze(1), self._others.sum(1, keepdim=True))
+
+    @cached_property
+    def lead_shares(self) -> Tensor:
+        """(T, position + 1) how the score of each key counts in the lead: one for the key, all others minus one."""
+        own = self.shares.gather(1, self.key.unsqueeze(1))
+        return torch.where(own > 0, self.shares / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
+
+    @cached_property
+    def query_sides(self) -> Tensor:
+        """(T, n) each query part's sum over all parts of the key."""
+        block, circuit, key = self.block, self.circuit, self.key
+        keys = (block.key_totals[circuit, key] * block.secant[circuit, key].unsqueeze(1)).float()
+        return (block.query.vectors[circuit] @ keys.unsqueeze(-1)).squeeze(-1)
+
+    @cached_property
+    def key_sides(self) -> Tensor:
+        """(T, m) each key part's sum over all parts of the query, zero at other keys."""
+        block, circuit, key = self.block, self.circuit, self.key
+        sums = (block.keys @ block.query_totals.float().unsqueeze(-1)).squeeze(-1)[circuit]
+        return sums * block.secant[circuit, key].unsqueeze(1) * (block.key_of == key.unsqueeze(1))
+
+    @property
+    def gaps(self) -> Tensor:
+        """(T,) the ledger: the worse relative gap of the two forms.
+
+        `|sum of all pairs - recorded| / max(|recorded|, largest part)`; the parts are each query part's sum over the
+        key, and in the relative form the keys' terms.
+        """
+        totals, largest = self.block.totals[self.circuit], self.query_sides.abs().amax(1)
+        gap = totals.gather(1, self.key.unsqueeze(1)).squeeze(1) - self.scores
+        gap = gap.abs() / torch.maximum(self.scores.abs(), largest).clamp(min=1e-30)
+        terms = self.shares * totals
+        size = torch.maximum(self.relative.abs(), terms.abs().amax(1)).clamp(min=torch.finfo(terms.dtype).tiny)
+        return torch.maximum(gap, (terms.sum(1) - self.relative).abs() / size)
+
+    def strongest_pairs(self, top: int) -> tuple[Strongest, Strongest]:
+        """The pairs with the largest parts of the scores, and of their leads, in the order of the relative form."""
+        block, circuit = self.block, self.circuit.repeat(2)
+        own = (block.key_of == self.key.unsqueeze(1)).float()
+        shares = torch.cat([own, self.lead_shares.float()[:, block.key_of]])
+        found = _strongest(block, circuit, shares * block.secant[:, block.key_of][circuit], top)
+        return found.take(slice(0, len(self.key))), found.take(slice(len(self.key), None))
+
+    def strongest_sides(self, top: int) -> tuple[Strongest, Strongest]:
+        """The parts of the query, and of the key, with the largest sums over the other side."""
+        found = []
+        for sums, sources in ((self.query_sides, self.block.query.sources), (self.key_sides, self.block.key_sources)):
+            at = sums.abs().topk(min(top, sums.shape[1]), dim=1).indices
+            names, place = sources[at], self.key.unsqueeze(1).expand_as(at)
+            found.append(Strongest(names, names, place, sums.gather(1, at)))
+        return found[0], found[1]
+
+
+def _strongest(block: QueryBlock, circuit: Tensor, factors: Tensor, top: int) -> Strongest:
+    """The largest pairs times factors (T, m) of their key parts: they lie in the `top` key parts whose largest pair is
+    largest, so only those are sorted."""
+    reach = block.largest[circuit] * factors.abs()
+    columns = reach.topk(min(top, reach.shape[1]), dim=1).indices
+    keys = block.keys[circuit.unsqueeze(1), columns] * factors.gather(1, columns).unsqueeze(-1)
+    flat = (keys @ block.query.vectors[circuit].transpose(1, 2)).flatten(1)
+    places = flat.abs().topk(min(top, flat.shape[1]), dim=1).indices
+    n = block.query.vectors.shape[1]
+    chosen = columns.gather(1, places // n)
+    return Strongest(
+        block.query.sources[places % n], block.key_sources[chosen], block.key_of[chosen], flat.gather(1, places)
+    )
 
 
 class QKAttribution:

@@ -142,7 +142,8 @@ class ReplacedRun:
                 elif Site("v", layer) in sites:
                     handles.append(part(block, family.value).register_forward_hook(self._value_hook(layer)))
                 elif attention in sites:
-                    handles.append(part(block, family.attention_out).register_forward_hook(self._output_hook(attention)))
+                    module = part(block, family.attention_out)
+                    handles.append(module.register_forward_hook(self._output_hook(attention)))
                 if mlp in sites:
                     handles.append(part(block, family.mlp_out).register_forward_hook(self._output_hook(mlp)))
             try:

@@ -223,7 +223,7 @@ def _rows(blocks: Sequence[RowBlock], wanted: slice, end: int) -> tuple[Tensor, 
 def _finished(
     circuit: ScoreCircuit, projections: Sequence[Projection], parts: Tensor, place: Tensor, sizes: Sequence[int] = ()
 ) -> Tensor:
-    """Parts (C, n, E) at positions (n,) after QK-norm, turn and scale; `sizes` parts after each other stand together."""
+    """Parts (C, n, E) at positions (n,) after QK-norm, turn and scale; `sizes` parts at a time stand together."""
     if projections[0].norm is not None:
         gain, epsilon = projections[0].norm
         whole = parts.split(list(sizes) or [parts.shape[1]], dim=1)

@@ -86,8 +86,8 @@ def _tell_look(graph: Graph, look: "Look") -> list[str]:
     if for_it:
         best = for_it[0]
         words.append(
-            f"The largest part of that ({best.weight:+.2f}) is {_side(graph, best.query, look.query)} on the query side meeting "
-            f"{_side(graph, best.key, look.key)} on the key side{_relation(graph, best, look)}."
+            f"The largest part of that ({best.weight:+.2f}) is {_side(graph, best.query, look.query)} on the query "
+            f"side meeting {_side(graph, best.key, look.key)} on the key side{_relation(graph, best, look)}."
         )
     against = [pair for pair in look.pairs if pair.weight < 0]
     if against:

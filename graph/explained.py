@@ -147,6 +147,6 @@ class Pairs(Table):
 
     def in_order(self) -> Pairs:
         """The same pairs by score and form, otherwise in the order given."""
-        form = np.array([PAIR_FORMS.index(name) for name in self.form.tolist()], dtype=np.int64)
+        form = np.select([self.form == name for name in PAIR_FORMS], np.arange(len(PAIR_FORMS)))
         order: Int64 = np.lexsort((form, self.score))
         return self if np.array_equal(order, np.arange(len(self))) else self.take(order)

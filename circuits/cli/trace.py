@@ -51,6 +51,7 @@ class _Wanted:
 @click.option("--left-out", type=float, default=1e-3, show_default=True,
               help="Influence that may stay unexpanded in all; 0 expands everything.")  # fmt: skip
 @click.option("--unpruned", is_flag=True, help="Keep every node and edge.")
+@click.option("--explain", is_flag=True, help="Explain why the heads that carry the edges looked where they did.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
 )
@@ -71,6 +72,7 @@ def command(**options: Any) -> None:
         edge_threshold=options["edge_threshold"],
         max_feature_nodes=options["max_feature_nodes"],
         unpruned=options["unpruned"],
+        explain=options["explain"],
     )
     wanted = _Wanted(**{name: options[name] for name in _Wanted.__dataclass_fields__})
     if sum(source is not None for source in (wanted.prompt, wanted.token_ids, wanted.prompt_file)) != 1:

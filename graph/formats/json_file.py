@@ -13,8 +13,8 @@ It is a superset of Neuronpedia's graph schema (`metadata`, `qParams`, `nodes`, 
   identity of a multitoken transcoder, -2 a feature's own pattern. On a link through frozen attention `first_hops` and
   `last_hops`, rows alike; head -3 is the part that never leaves its position, -4 the sum of what is not listed.
 - `qk`: explained attention scores, one a line: `layer`, `head`, `query`, `key`, `owner` (of a feature's own pattern),
-  `score`, `attention`, `relative`, `lead`, `gap`; `pairs`, rows of [query node, key node, weight]; `lead_pairs`, rows of
-  [query node, key node, key position, weight]; `query_side` and `key_side`, rows of [node, weight]; `qk_features`,
+  `score`, `attention`, `relative`, `lead`, `gap`; `pairs`, rows of [query node, key node, weight]; `lead_pairs`, rows
+  of [query node, key node, key position, weight]; `query_side` and `key_side`, rows of [node, weight]; `qk_features`,
   rows of [name, weight]. Neuronpedia's `qk_tracing_results` on a node of attention is the first, third and fourth of
   these, summed over the scores that its loadings name.
 - `patterns`: for "layer.head" one row for each query, up to and with the query's own position.

@@ -1,4 +1,4 @@
-"""QK attributions: all pairs add up to the recorded score, by node as a plain reference has them, and as written down."""
+"""QK attributions: all pairs add up to the recorded score, and equal a plain reference and what can be written down."""
 
 import numpy as np
 import pytest
@@ -74,8 +74,8 @@ def test_pairs_add_up(name: str) -> None:
         logs = pattern.double().clamp(min=1e-300).log()
         expected = logs.gather(1, key.unsqueeze(1)).squeeze(1) - (pattern * logs).sum(1)
         torch.testing.assert_close(relative, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(block.relative(circuit, key), expected, rtol=1e-4, atol=1e-4)
-        assert float(block.gaps(circuit, key).max()) < 1e-4
+        torch.testing.assert_close(explained.relative, expected, rtol=1e-4, atol=1e-4)
+        assert float(explained.gaps.max()) < 1e-4
         count += len(explained.steps)
     assert count == len(set(every_step(sweep)))
 
@@ -124,14 +124,13 @@ class TestInduction:
         """
         n = norm(16, 10)
         (explained,) = QKAttribution.of(sweep).explain([HeadStep(1, 1, 4, 2)])
-        block, circuit, key = explained.block, explained.circuit, explained.key
-        assert block.scores[0].tolist() == pytest.approx([0, 0, 100 * n**2, 0, 0], abs=1e-3)
-        pairs, relative = block.strongest_pairs(circuit, key, 5)
+        assert explained.block.scores[0].tolist() == pytest.approx([0, 0, 100 * n**2, 0, 0], abs=1e-3)
+        pairs, _ = explained.strongest_pairs(5)
         names = [tuple(part_names(sweep.table, side[0].numpy()).tolist()) for side in (pairs.query, pairs.key)]
         assert list(zip(*names, strict=True))[:2] == [("E_1_4", "a0_0_2"), ("E_1_4", "a0_error_2")]
         expected = [100 * n**2 * (8**0.5 - 1) / 8**0.5, 100 * n**2 / 8**0.5, 0, 0, 0]
         assert pairs.weight[0].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-4)
-        assert float(block.lead(circuit, key)) == pytest.approx(100 * n**2, rel=1e-5)
+        assert float(explained.lead) == pytest.approx(100 * n**2, rel=1e-5)
 
     def test_explained(self, sweep: Sweep) -> None:
         """`explain` names the planted pair first, and tells its story: the word before meets the current word."""
