@@ -6,19 +6,22 @@ reader at depth t sees exactly the writes of depth below t: `resid_pre.l` reads 
 without a replacement (frozen), and a transcoder's skip connection. Where the values of a layer are replaced, covectors
 pass its frozen heads and end at the values. A *cut* is the depth 2l + 2 of a replacement that writes `resid_post.l` and
 stands for the whole block: nothing passes it.
+
+In a parallel block `resid_mid.l` is `resid_pre.l` and reads below 2l + 1 too. Its sublayers are live together at depth
+2l + 1: both take the covector from above the block, and give it to the stream below the block.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from circuits.errors import CircuitsError
-from circuits.kernels.attend import pull_readers, pull_stream, pull_values, push_stream, push_values
-from circuits.model import AttentionWeights, BaseModel
-from circuits.recording import NormRecord, Recording
+from circuits.frozen import FrozenAttention as FrozenAttention
+from circuits.frozen import Skip, standing, whole
+from circuits.model import BaseModel
+from circuits.recording import Recording
 from circuits.replacements.dictionary import Dictionary, Replacement
 from circuits.replacements.movement import OwnAttention
 from circuits.replacements.sites import ReadSite, Site
@@ -29,106 +32,9 @@ def write_depth(site: Site) -> int:
     return 2 * site.layer + (1 if site.name in ("attn_out", "z") else 2)
 
 
-def read_depth(name: str, layer: int) -> int:
+def read_depth(name: str, layer: int, *, parallel: bool = False) -> int:
     """A reader sees the writes of depths below this; one of an attention output or of values through its heads."""
-    return 2 * layer + {"resid_mid": 2, "resid_post": 3}.get(name, 1)
-
-
-class FrozenAttention:
-    """One layer's attention with its pattern and norm frozen: linear in the stream below it."""
-
-    def __init__(self, weights: AttentionWeights, pattern: Tensor, norm: NormRecord) -> None:
-        self.weights, self.pattern, self.norm = weights, pattern, norm
-        self.n_heads = pattern.shape[0]
-
-    def head_readers(self, readers: Tensor) -> Tensor:
-        """Readers of the attention output (B, D) as readers of the concatenated head outputs (B, H, E)."""
-        w_o = self.weights.w_o
-        return (readers @ w_o.flatten(0, 1).T).reshape(*readers.shape[:-1], *w_o.shape[:2])
-
-    def pull_heads(self, positions: Tensor, u: Tensor, n_keys: int) -> Tensor:
-        """Readers (B, H, E) of the head outputs at `positions` (B,) as covectors (B, n_keys, D) of `resid_pre`."""
-        c = pull_readers(self.pattern, positions, u, self.weights.w_v, n_keys)
-        return self.norm.pull(c, slice(0, n_keys))
-
-    def pull(self, g: Tensor) -> Tensor:
-        """Covectors (B, S, D) of the attention output as covectors (B, S, D) of `resid_pre`."""
-        return self.norm.pull(pull_stream(self.pattern, g, self.weights.w_o, self.weights.w_v), slice(0, g.shape[1]))
-
-    def pull_values(self, g: Tensor) -> Tensor:
-        """Covectors (B, S, D) of the attention output as covectors (B, S, K x E) of the values."""
-        return pull_values(self.pattern, g, self.weights.w_o, len(self.weights.w_v))
-
-    def pull_value_readers(self, readers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Readers (B, K x E) of the values at `positions` as covectors (B, D) of `resid_pre`, and what they make of the
-        biases of the values and of the norm, (B,)."""
-        constants = readers.new_zeros(len(readers))
-        if self.weights.b_v is not None:
-            constants = constants + readers @ self.weights.b_v.flatten()
-        readers = readers @ self.weights.w_v.flatten(0, 1)
-        if self.norm.bias is not None:
-            constants = constants + readers @ self.norm.bias
-        return self.norm.pull(readers, positions), constants
-
-    def read_values(self, x: Tensor) -> Tensor:
-        """Values (S, K x E) of all key-value heads for the stream x (S, D) at `resid_pre`."""
-        normed = self.norm.apply(x, slice(None))
-        if self.norm.bias is not None:
-            normed = normed + self.norm.bias
-        v = normed @ self.weights.w_v.flatten(0, 1).T
-        return v if self.weights.b_v is None else v + self.weights.b_v.flatten()
-
-    def push(self, x: Tensor) -> Tensor:
-        """Writers (N, S, D) in `resid_pre` as what they add to the attention output (N, S, D)."""
-        normed = self.norm.apply(x, slice(0, x.shape[1]))
-        return push_stream(self.pattern, normed, self.weights.w_o, self.weights.w_v)
-
-    def values(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Values (n, H, E) of every head for stream vectors (n, D) at `positions` (n,)."""
-        return push_values(self.norm.apply(x, positions), self.weights.w_v, self.n_heads)
-
-    @cached_property
-    def head_bias(self) -> Tensor:
-        """What norm and value biases add to the concatenated head outputs, (S, H, E)."""
-        v = torch.zeros_like(self.weights.w_o[:, :, 0])
-        if self.norm.bias is not None:
-            v = v + push_values(self.norm.bias, self.weights.w_v, self.n_heads)
-        if self.weights.b_v is not None:
-            v = v + self.weights.b_v.repeat_interleave(self.n_heads // len(self.weights.b_v), dim=0)
-        return self.pattern.sum(-1).T.unsqueeze(-1) * v
-
-    @cached_property
-    def output_bias(self) -> Tensor:
-        """What the layer's biases add to the attention output, (S, D)."""
-        bias = torch.einsum("she,hed->sd", self.head_bias, self.weights.w_o)
-        return bias if self.weights.b_o is None else bias + self.weights.b_o
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A transcoder's skip connection, `mlp_out += W_skip read(resid_mid)`, live at depth 2l + 2."""
-
-    weight: Tensor
-    read: ReadSite
-    norm: NormRecord
-
-    def pull(self, g: Tensor, positions: Tensor | slice) -> Tensor:
-        """Covectors (..., D) of the MLP output as covectors of `resid_mid` at the same positions."""
-        g = g @ self.weight
-        return g if self.read.norm == "none" else self.norm.pull(g, positions, gain=self.read.norm == "full")
-
-    def push(self, x: Tensor, positions: Tensor | slice) -> Tensor:
-        """Stream vectors (..., D) at `resid_mid` as what they add to the MLP output."""
-        if self.read.norm != "none":
-            x = self.norm.apply(x, positions, gain=self.read.norm == "full")
-        return x @ self.weight.T
-
-    @property
-    def bias(self) -> Tensor | None:
-        """What the norm's bias adds through the skip connection, (D,)."""
-        if self.read.norm != "full" or self.norm.bias is None:
-            return None
-        return self.weight @ self.norm.bias
+    return 2 * layer + {"resid_mid": 1 if parallel else 2, "resid_post": 3}.get(name, 1)
 
 
 class LinearizedModel:
@@ -143,13 +49,20 @@ class LinearizedModel:
     replaced_mlp : layers whose MLP output a dictionary rebuilds; the others are error nodes whole
     replaced_blocks : layers that are replaced whole; they have no sublayers
     skips : depth of a live skip connection -> `Skip`
+    parallel : whether attention and MLP of a block read the same stream
     """
 
     def __init__(self, model: BaseModel, replacements: Sequence[Replacement], recording: Recording) -> None:
         self.model, self.recording = model, recording
         shape = model.shape
+        self.parallel = model.parallel
         self.attention = [
-            FrozenAttention(model.attention_weights(layer), recording.patterns[layer], recording.attention_norms[layer])
+            FrozenAttention(
+                model.attention_weights(layer),
+                recording.patterns[layer],
+                recording.attention_norms[layer],
+                recording.post_norm(layer),
+            )
             for layer in range(shape.n_layers)
         ]
         offered = [d for r in replacements for d in r.dictionaries]
@@ -166,7 +79,12 @@ class LinearizedModel:
         self.replaced_mlp = frozenset(l for l in layers if 2 * l + 2 in self.owners)
         self.frozen_attention = frozenset(layers) - self.replaced_attention
         self.skips = {
-            write_depth(d.writes[0]): Skip(d.skip, d.read, recording.mlp_norms[d.layer])
+            write_depth(d.writes[0]): Skip(
+                d.skip,
+                d.read,
+                recording.mlp_norms[d.layer],
+                recording.post_norm(d.layer, mlp=True) if d.before_post_norm else None,
+            )
             for d in self.dictionaries
             if d.skip is not None
         }
@@ -182,10 +100,50 @@ class LinearizedModel:
         blocks = self.replaced_blocks
         return tuple(site for site in dictionary.writes if site.name == "resid_post" or site.layer not in blocks)
 
+    def read_depth(self, name: str, layer: int) -> int:
+        """A reader sees the writes of depths below this; see the function of this name."""
+        return read_depth(name, layer, parallel=self.parallel)
+
     @cached_property
     def live_depths(self) -> tuple[int, ...]:
-        """Depths of the live sublayers, from the top down; frozen heads over replaced values are among them."""
-        return tuple(sorted({2 * layer + 1 for layer in self.frozen_attention} | set(self.skips), reverse=True))
+        """Depths of the live sublayers, from the top down; frozen heads over replaced values are among them.
+
+        The skip connection of a parallel block is live at the depth of its attention.
+        """
+        skips = {depth - 1 if self.parallel else depth for depth in self.skips}
+        return tuple(sorted({2 * layer + 1 for layer in self.frozen_attention} | skips, reverse=True))
+
+    def skip_at(self, live: int) -> Skip | None:
+        """The skip connection that is live at a depth."""
+        return self.skips.get(live + 1 if self.parallel else live)
+
+    def heads_at(self, live: int) -> int | None:
+        """The layer whose frozen heads pass covectors at a live depth, to the stream or to replaced values."""
+        layer, is_mlp = divmod(live - 1, 2)
+        return None if is_mlp or layer not in self.frozen_attention else layer
+
+    def passing_at(self, live: int) -> FrozenAttention | None:
+        """The frozen attention that passes the stream on at a live depth; where values are replaced it does not."""
+        layer = self.heads_at(live)
+        return None if layer is None or layer in self.replaced_values else self.attention[layer]
+
+    def pull_past(self, live: int, g: Tensor) -> Tensor:
+        """Covectors (B, S, D) above a live depth as covectors of the stream below it."""
+        below = g
+        if (skip := self.skip_at(live)) is not None:
+            below = below + skip.pull(g, whole(g))
+        if (attention := self.passing_at(live)) is not None:
+            below = below + attention.pull(g)
+        return below
+
+    def push_past(self, live: int, x: Tensor) -> Tensor:
+        """The stream (N, S, D) below a live depth with what the sublayers there make of it: the transpose."""
+        above = x
+        if (skip := self.skip_at(live)) is not None:
+            above = above + skip.push(x, whole(x))
+        if (attention := self.passing_at(live)) is not None:
+            above = above + attention.push(x)
+        return above
 
     def floor(self, depth: int) -> int:
         """The depth of the highest cut below a reader of `depth`, 0 without one: no write below the cut reaches it."""
@@ -195,25 +153,32 @@ class LinearizedModel:
         """Live depths between a reader of `depth` and the cut below it, from the top down."""
         return [live for live in self.live_depths if self.floor(depth) < live < depth]
 
-    def read(self, read: ReadSite) -> Tensor:
-        """What a dictionary reads on the recording, (S, d_read)."""
+    def read(self, read: ReadSite, *, before_post_norm: bool = False) -> Tensor:
+        """What a read site holds on the recording, (S, d_read); an attention output before its post-norm if wanted."""
         if read.site.name == "v":
             return self.attention[read.site.layer].read_values(self.recording.resid_pre[read.site.layer])
+        if before_post_norm and read.site.name == "attn_out" and self.recording.attn_before is not None:
+            return self.recording.attn_before[read.site.layer]
         return self.recording.read(read)
+
+    def input_of(self, dictionary: Dictionary) -> Tensor:
+        """What a dictionary reads on the recording, (S, d_read)."""
+        return self.read(dictionary.read, before_post_norm=dictionary.before_post_norm)
 
     def own_patterns(self, index: int) -> Tensor:
         """Patterns (G, S, S) that dictionary `index` has of its own."""
         dictionary = self.dictionaries[index]
         assert isinstance(dictionary.moved_by, OwnAttention)
         if index not in self._own_patterns:
-            self._own_patterns[index] = dictionary.moved_by.patterns(self.read(dictionary.read))
+            self._own_patterns[index] = dictionary.moved_by.patterns(self.input_of(dictionary))
         return self._own_patterns[index]
 
     def base_output(self, depth: int) -> Tensor:
         """What the base model recorded at a sublayer's depth, (S, D); at a cut the stream after the block."""
         layer, is_mlp = divmod(depth - 1, 2)
-        output = (self.recording.mlp_out if is_mlp else self.recording.attn_out)[layer]
-        return output + self.recording.resid_mid[layer] if layer in self.replaced_blocks else output
+        if layer in self.replaced_blocks:
+            return self.recording.resid_post(layer)
+        return (self.recording.mlp_out if is_mlp else self.recording.attn_out)[layer]
 
     def skip_output(self, depth: int) -> Tensor:
         """The skip connection's output on the recording without its constant, (S, D); zero where there is none."""
@@ -231,27 +196,43 @@ class LinearizedModel:
         layer, is_mlp = divmod(depth - 1, 2)
         total = torch.zeros_like(recording.embedding)
         if not is_mlp and layer in self.frozen_attention:
-            b_o = self.attention[layer].weights.b_o
-            if layer not in self.replaced_values:
-                return self.attention[layer].output_bias
-            return total if b_o is None else total + b_o
+            attention = self.attention[layer]
+            return attention.after_heads if layer in self.replaced_values else attention.output_bias
         for dictionary in self.owners.get(depth, []):
             for site in self.writes_of(dictionary):
                 if write_depth(site) == depth and (bias := dictionary.output_bias(site)) is not None:
-                    total = total + self.through_output(site, bias)
-        if not is_mlp and any(str(d.read.site) == f"z.{layer}" for d in self.owners.get(depth, [])):
-            b_o = self.attention[layer].weights.b_o
-            total = total if b_o is None else total + b_o
+                    rows = bias.expand(recording.n_positions, -1)
+                    total = total + self.through_output(site, rows, before_post_norm=dictionary.before_post_norm)
+        total = total + self._constant_behind(depth)
         if (skip := self.skips.get(depth)) is not None and skip.bias is not None:
             total = total + skip.bias
         return total
 
-    def through_output(self, site: Site, rows: Tensor) -> Tensor:
-        """Decoder rows as they enter the stream: rows of `z` go through the layer's output projection."""
-        if site.name != "z":
+    def _constant_behind(self, depth: int) -> Tensor:
+        """The biases of the model itself behind what dictionaries write at a depth, (S, D)."""
+        layer, is_mlp = divmod(depth - 1, 2)
+        there = [d for d in self.owners.get(depth, []) for s in self.writes_of(d) if write_depth(s) == depth]
+        if not is_mlp and any(str(d.read.site) == f"z.{layer}" for d in there):
+            return self.attention[layer].after_heads
+        zero = torch.zeros_like(self.recording.embedding)
+        post = self.recording.post_norm(layer, mlp=bool(is_mlp))
+        has_bias = post is not None and post.bias is not None and any(d.before_post_norm for d in there)
+        return zero + post.bias if has_bias and layer not in self.replaced_blocks else zero
+
+    def through_output(
+        self, site: Site, rows: Tensor, positions: Tensor | slice | None = None, *, before_post_norm: bool = False
+    ) -> Tensor:
+        """Decoder rows (..., width) at `positions` as they enter the stream, (..., D).
+
+        Rows of `z` go through the layer's output projection, and with those of a dictionary that was trained before a
+        post-norm through that. Without positions the rows (..., S, width) stand at each from the first on.
+        """
+        if site.name == "z":
+            return self.attention[site.layer].write(rows, standing(rows, positions))
+        if not before_post_norm or site.name not in ("attn_out", "mlp_out"):
             return rows
-        w_o = self.attention[site.layer].weights.w_o
-        return rows @ w_o.flatten(0, 1)
+        post = self.recording.post_norm(site.layer, mlp=site.name == "mlp_out")
+        return rows if post is None else post.apply(rows, standing(rows, positions))
 
     def push(self, writers: dict[int, Tensor], below: int) -> Tensor:
         """Stream (N, S, D) that writers make at a reader of depth `below`, live sublayers included.
@@ -262,10 +243,8 @@ class LinearizedModel:
         x = torch.zeros_like(next(iter(writers.values())))
         floor = self.floor(below)
         for depth in range(floor, below):
-            if depth > floor and depth in self.skips:
-                x = x + self.skips[depth].push(x, slice(0, x.shape[1]))
-            elif depth > floor and depth in self.live_depths and (depth - 1) // 2 not in self.replaced_values:
-                x = x + self.attention[(depth - 1) // 2].push(x)
+            if depth > floor:
+                x = self.push_past(depth, x)
             if depth in writers:
                 x = x + writers[depth]
         return x
@@ -311,6 +290,7 @@ def _check_sites(dictionary: Dictionary) -> None:
         known = {"resid_pre": {"attn_out", "mlp_out", "resid_post"}}
     for site in dictionary.writes:
         fits = site.name in known.get(read.site.name, ())
+        # In a parallel block too: a forward pass comes to `resid_mid.l` only after `attn_out.l`.
         if not fits or write_depth(site) < read_depth(read.site.name, read.site.layer):
             raise CircuitsError(
                 f"{dictionary.source}: {dictionary.name} reads {read} and writes {site}; it is for analysis only"

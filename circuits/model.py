@@ -165,9 +165,7 @@ class BaseModel:
             return rows.view(shape.n_kv_heads, parts, shape.d_head)[:, index].flatten()
         return rows.view(parts, -1)[index]
 
-    def _projection(
-        self, layer: int, path: str, chosen: tuple[int, int], n_heads: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def _projection(self, layer: int, path: str, chosen: tuple[int, int], n_heads: int) -> tuple[Tensor, Tensor | None]:
         """Weight (n_heads, E, D) and bias (n_heads, E) of queries, keys or values, in float32."""
         weight, bias = linear_parameters(part(self.blocks[layer], path))
         index, parts = chosen

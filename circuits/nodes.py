@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits.graph.tables import ERROR_KINDS
 from circuits.kernels.decode import gather_decode
-from circuits.linearize import LinearizedModel, read_depth, write_depth
+from circuits.linearize import LinearizedModel, write_depth
 from circuits.replacements.dictionary import Active, Dictionary
 from circuits.replacements.movement import HeadLoading
 
@@ -154,7 +154,7 @@ def _drop_first(block: _Block) -> None:
 def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary) -> list[_Block]:
     """The features of one dictionary: one block, or key side and query side."""
     layer = dictionary.layer
-    active = dictionary.encode(linear.read(dictionary.read))
+    active = dictionary.encode(linear.input_of(dictionary))
     if dictionary.read.site.name == "v":
         rows = dictionary.decoder_rows(active.features, dictionary.writes[0])
         values = rows * active.activations.unsqueeze(1)
@@ -167,9 +167,10 @@ def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary)
         kind = "mtc_query"
     writes = {}
     for site in linear.writes_of(dictionary):
-        rows = linear.through_output(site, dictionary.decoder_rows(active.features, site, active.directions))
+        rows = dictionary.decoder_rows(active.features, site, active.directions)
+        rows = linear.through_output(site, rows, active.positions, before_post_norm=dictionary.before_post_norm)
         writes[write_depth(site)] = rows * active.activations.unsqueeze(1)
-    depth = min(writes, default=read_depth(dictionary.read.site.name, layer))
+    depth = min(writes, default=linear.read_depth(dictionary.read.site.name, layer))
     return [*blocks, _Block(kind, index, layer, depth, active, writes)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from circuits.linearize import LinearizedModel, read_depth
+from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
 from circuits.replacements.movement import OwnAttention
 from circuits.rows import Targets
@@ -22,7 +22,7 @@ def feature_targets(linear: LinearizedModel, table: NodeTable, index: int, nodes
     features = torch.from_numpy(table.feature[nodes]).to(device)
     directions = table.directions_of(nodes, dictionary.rank)
     plain = Targets(
-        depth=read_depth(dictionary.read.site.name, layer),
+        depth=linear.read_depth(dictionary.read.site.name, layer),
         nodes=torch.from_numpy(nodes).to(device),
         positions=torch.from_numpy(table.position[nodes]).to(device),
         values=torch.from_numpy(table.pre_activation[nodes]).to(device),
@@ -46,15 +46,16 @@ def feature_targets(linear: LinearizedModel, table: NodeTable, index: int, nodes
 
 def _plain_reader(linear: LinearizedModel, index: int, plain: Targets, readers: Tensor, constants: Tensor) -> Targets:
     """Readers (B, d_read) at the node's own position: of the stream, of an attention output, or of values."""
-    read, layer = linear.dictionaries[index].read, plain.attention_layer
+    dictionary, layer = linear.dictionaries[index], plain.attention_layer
+    read = dictionary.read
     attention = linear.attention[layer]
     if read.site.name == "z":
         shape = linear.model.shape
         return replace(plain, constants=constants, heads=readers.reshape(len(readers), shape.n_heads, shape.d_head))
     if read.site.name == "attn_out":
-        if attention.weights.b_o is not None:
-            constants = constants + readers @ attention.weights.b_o
-        return replace(plain, constants=constants, heads=attention.head_readers(readers))
+        at, below = plain.positions, dictionary.before_post_norm
+        constants = constants + attention.reader_constants(readers, at, below_post=below)
+        return replace(plain, constants=constants, heads=attention.head_readers(readers, at, below_post=below))
     if read.site.name == "v":
         readers, biases = attention.pull_value_readers(readers, plain.positions)
         return replace(plain, constants=constants + biases, covectors=readers)

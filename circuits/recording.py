@@ -47,7 +47,8 @@ class Recording:
 
     `queries` (L, S, H, E) and `keys` (L, S, K, E) are what the score is the product of: after their norms and rotary
     position, the score's scale in the queries, before a soft cap. `attn_out` and `mlp_out` are what is added to the
-    stream; where a post-norm stands before that, `attention_post_norms` and `mlp_post_norms` have it.
+    stream; where a post-norm stands before that, `attention_post_norms` and `mlp_post_norms` have it, and `attn_before`
+    (L, S, D) is the attention output that it reads.
     """
 
     token_ids: Tensor
@@ -66,6 +67,7 @@ class Recording:
     resid_final: Tensor
     attention_post_norms: tuple[NormRecord, ...] = ()
     mlp_post_norms: tuple[NormRecord, ...] = ()
+    attn_before: Tensor | None = None
 
     @property
     def n_positions(self) -> int:
@@ -74,6 +76,15 @@ class Recording:
     def norm_at(self, site: str, layer: int) -> NormRecord:
         """The norm that reads a stream site."""
         return (self.attention_norms if site == "resid_pre" else self.mlp_norms)[layer]
+
+    def post_norm(self, layer: int, *, mlp: bool = False) -> NormRecord | None:
+        """The norm between a sublayer and the stream, in families that have one."""
+        norms = self.mlp_post_norms if mlp else self.attention_post_norms
+        return norms[layer] if norms else None
+
+    def resid_post(self, layer: int) -> Tensor:
+        """The stream (S, D) above a layer."""
+        return self.resid_pre[layer] + self.attn_out[layer] + self.mlp_out[layer]
 
     def read(self, read: ReadSite) -> Tensor:
         """What a dictionary reads, (S, d_read)."""
@@ -144,13 +155,15 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
             return ()
         return tuple(_norm(model, part(block, path), x) for block, x in zip(blocks, inputs, strict=True))
 
+    before_post = kept[family.attention_post_norm or ""]
     return Recording(
         token_ids=token_ids,
         embedding=embedding[0],
         patterns=torch.stack([inside[f"pattern.{layer}"][0] for layer in range(len(blocks))]),
         attention_norms=norms(family.attention_norm, stacked["resid_pre"]),
         mlp_norms=norms(family.mlp_norm, stacked["resid_mid"]),
-        attention_post_norms=norms(family.attention_post_norm, kept[family.attention_post_norm or ""]),
+        attention_post_norms=norms(family.attention_post_norm, before_post),
+        attn_before=torch.stack(before_post) if before_post else None,
         mlp_post_norms=norms(family.mlp_post_norm, kept[family.mlp_post_norm or ""]),
         final_norm=_norm(model, part(model.lm, family.final_norm), kept["final"][0]),
         resid_final=output.last_hidden_state[0].float(),

@@ -195,12 +195,7 @@ class Rows:
         g, high = self._start(targets, n_keys), targets.depth
         for live in self.linear.passed(targets.depth):
             yield Stage(live, high, g)
-            layer, is_mlp = divmod(live - 1, 2)
-            if is_mlp:
-                g = g + self.linear.skips[live].pull(g, slice(0, n_keys))
-            elif layer not in self.linear.replaced_values:
-                g = g + self.linear.attention[layer].pull(g)
-            high = live
+            g, high = self.linear.pull_past(live, g), live
         yield Stage(self.linear.floor(targets.depth), high, g)
 
     def _start(self, targets: Targets, n_keys: int) -> Tensor:

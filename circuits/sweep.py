@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from circuits.graph.tables import ERROR_KINDS
-from circuits.linearize import LinearizedModel, read_depth
+from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
 from circuits.readers import feature_targets
 from circuits.rows import RowBlock, Rows, Targets
@@ -150,7 +150,7 @@ class Sweep:
 
     def _feature_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
         """Feature nodes by dictionary and kind, from the top down: in a layer readers at `resid_mid`, then query-side
-        nodes, then key-side ones."""
+        nodes, then key-side ones. In a parallel block the first do not read what the others write."""
         groups = []
         table = self.table
         of_feature = table.dictionary >= 0
@@ -158,7 +158,7 @@ class Sweep:
             nodes = np.flatnonzero((table.dictionary == index) & (table.kind == kind))
             read = self.linear.dictionaries[index].read.site
             is_key_side = kind in ("mtc_key", "value_feature")
-            groups.append((-read_depth(read.name, read.layer), is_key_side, index, nodes))
+            groups.append((-self.linear.read_depth(read.name, read.layer), is_key_side, index, nodes))
         groups.sort(key=lambda group: group[:3])
         return [(nodes, self._feature_builder(index, nodes)) for _, _, index, nodes in groups]
 

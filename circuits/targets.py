@@ -9,7 +9,7 @@ from torch import Tensor
 
 from circuits.errors import CircuitsError
 from circuits.graph import FEATURE_KINDS, ID_PREFIXES
-from circuits.linearize import LinearizedModel, read_depth
+from circuits.linearize import LinearizedModel
 from circuits.model import BaseModel
 from circuits.prompt import Prompt, single_token, token_texts
 from circuits.recording import Recording
@@ -133,7 +133,7 @@ def output_readers(linear: LinearizedModel, prompt: Prompt, targets: Sequence[Ta
             continue
         position = _place(target.position, linear.recording)
         site = target.site if isinstance(target, Direction) else "resid_final"
-        depth = _depth(site, linear.model.shape.n_layers)
+        depth = _depth(site, linear)
         readers = groups.setdefault(depth, Readers(depth))
         reader, token_id, label, probability = _describe(linear, prompt, target, position)
         _add_reader(linear, readers, site, reader, position)
@@ -186,12 +186,13 @@ def _add_reader(linear: LinearizedModel, readers: Readers, site: str, reader: Te
 
 def _stream(recording: Recording, name: str, layer: int) -> Tensor:
     if name == "resid_post":
-        return recording.resid_mid[layer] + recording.mlp_out[layer]
+        return recording.resid_post(layer)
     stream: Tensor = getattr(recording, name)[layer]
     return stream
 
 
-def _depth(site: str, n_layers: int) -> int:
+def _depth(site: str, linear: LinearizedModel) -> int:
+    n_layers = linear.model.shape.n_layers
     if site == "resid_final":
         return 2 * n_layers + 1
     name, _, layer = site.partition(".")
@@ -200,7 +201,7 @@ def _depth(site: str, n_layers: int) -> int:
             f"a direction cannot be read at {site!r}; use resid_final or resid_pre.L, resid_mid.L, resid_post.L "
             f"with L below {n_layers}"
         )
-    return read_depth(name, int(layer))
+    return linear.read_depth(name, int(layer))
 
 
 def _place(position: int, recording: Recording) -> int:

@@ -110,11 +110,13 @@ class Reference:
             normed = self.norm(x, "attention", layer, record=True)
             self.patterns.append(self.pattern(layer, normed))
             values = self.outputs["value", layer] = self.values(layer, normed)
-            attention = self.outputs["attention", layer] = self.output(layer, self.head_outputs(layer, values))
-            x = x + attention
-            mlp = self.outputs["mlp", layer] = weights.mlp(layer, self.norm(x, "mlp", layer, record=True))
-            x = self.outputs["block", layer] = x + mlp
-        self.logits = self.norm(x, "final", 0, record=True) @ weights.unembedding.T
+            attention = self.output(layer, self.head_outputs(layer, values))
+            attention = self.outputs["attention", layer] = self.post("attention", layer, attention, record=True)
+            mid = x if weights.parallel else x + attention
+            mlp = weights.mlp(layer, self.norm(mid, "mlp", layer, record=True))
+            mlp = self.outputs["mlp", layer] = self.post("mlp", layer, mlp, record=True)
+            x = self.outputs["block", layer] = x + attention + mlp
+        self.logits = self._capped(self.norm(x, "final", 0, record=True) @ weights.unembedding.T, weights.logit_cap)
 
     def embedded(self) -> Tensor:
         x = self.weights.embedding[self.ids]
@@ -122,9 +124,24 @@ class Reference:
             x = x + self.weights.w["transformer.wpe.weight"][: len(self.ids)]
         return x
 
+    def _capped(self, x: Tensor, cap: float | None) -> Tensor:
+        return x if cap is None else cap * (x / cap).tanh()
+
+    def post(
+        self, sublayer: str, layer: int, x: Tensor, *, record: bool = False, position: int | None = None
+    ) -> Tensor:
+        """What a sublayer's output (S, D), or vectors (..., D) at one position, add to the stream: through a post-norm,
+        which is linear (RMS, no bias)."""
+        if not self.weights.has_post_norms:
+            return x
+        which = f"{sublayer}_post"
+        if position is None:
+            return self.norm(x, which, layer, record=record)
+        return x / self.scales[which, layer][position] * self.weights.norm_weights(which, layer)[0]
+
     def norm(self, x: Tensor, which: str, layer: int, *, record: bool = False, gain: bool = True) -> Tensor:
         """The norm with its recorded denominator; `gain=False` leaves out gain and bias."""
-        if self.weights.is_gpt2:
+        if self.weights.centred:
             x = x - x.mean(-1, keepdim=True)
         if record:
             self.scales[which, layer] = (x.pow(2).mean(-1, keepdim=True) + self.weights.epsilon).sqrt()
@@ -138,21 +155,30 @@ class Reference:
         return x.repeat_interleave(self.weights.n_heads // len(x), dim=0)
 
     def _rotated(self, x: Tensor) -> Tensor:
-        """Rotary embedding: each pair (i, i + E/2) turned by position times theta^(-2i/E)."""
+        """Rotary embedding: each pair (i, i + R/2) of the first R turned by position times theta^(-2i/R)."""
         if self.weights.theta is None:
             return x
-        half = self.weights.width // 2
+        half = self.weights.turning // 2
         speed = self.weights.theta ** (-torch.arange(half).double() / half)
         angle = torch.arange(len(self.ids)).double()[:, None] * speed
-        a, b = x[..., :half], x[..., half:]
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin(), rest], -1)
+
+    def _queries_or_keys(self, layer: int, letter: str, normed: Tensor) -> Tensor:
+        """(H, S, E), after their norm and turned."""
+        x = self._heads(self._projected(layer, letter, normed))
+        if (gain := self.weights.head_norm(layer, letter)) is not None:
+            x = x / (x.pow(2).mean(-1, keepdim=True) + self.weights.epsilon).sqrt() * gain
+        return self._rotated(x)
 
     def pattern(self, layer: int, normed: Tensor) -> Tensor:
         """(H, S, S) [query, key]."""
-        q, k = (self._rotated(self._heads(self._projected(layer, letter, normed))) for letter in "qk")
-        scores = q @ k.transpose(1, 2) / self.weights.width**0.5
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        return scores.masked_fill(future, -torch.inf).softmax(-1)
+        q, k = (self._queries_or_keys(layer, letter, normed) for letter in "qk")
+        scores = self._capped(q @ k.transpose(1, 2) * self.weights.scale, self.weights.score_cap)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        if (window := self.weights.windows[layer]) is not None:
+            hidden |= torch.ones_like(hidden).tril(-window)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
     def _projected(self, layer: int, letter: str, x: Tensor) -> Tensor:
         weight, bias = self.weights.projection(layer, letter)
@@ -168,7 +194,7 @@ class Reference:
         return (pattern @ self._heads(values)).transpose(0, 1).flatten(1)
 
     def output(self, layer: int, z: Tensor) -> Tensor:
-        """What the heads write to the stream."""
+        """What the heads write, before a post-norm."""
         return self._projected(layer, "o", z)
 
     # --- the linearized model -------------------------------------------------------------------------------------
@@ -186,9 +212,10 @@ class Reference:
             out.attention_scaled.append(self.norm(x, "attention", layer, gain=False))
             out.values.append(self.values(layer, out.attention_input[layer]))
             x = x + self._attention(layer, out, (value_patterns or {}).get(layer)) + added.get(("attention", layer), 0)
-            out.mid.append(x)
-            out.mid_normed.append(self.norm(x, "mlp", layer))
-            out.mid_scaled.append(self.norm(x, "mlp", layer, gain=False))
+            mid = out.pre[layer] if self.weights.parallel else x
+            out.mid.append(mid)
+            out.mid_normed.append(self.norm(mid, "mlp", layer))
+            out.mid_scaled.append(self.norm(mid, "mlp", layer, gain=False))
             x = x + self.outputs["mlp", layer]
             if layer in self.skips and added:
                 x = x + self._skip(layer, out) - self._skip(layer, self.recorded)
@@ -206,7 +233,7 @@ class Reference:
         values = out.values[layer]
         if layer in self.valued:
             values = self.outputs["value", layer] + out.added.get(("value", layer), 0)
-        return self.output(layer, self.head_outputs(layer, values, pattern))
+        return self.post("attention", layer, self.output(layer, self.head_outputs(layer, values, pattern)))
 
     @property
     def recorded(self) -> Pass:
@@ -218,7 +245,8 @@ class Reference:
     def _skip(self, layer: int, out: Pass) -> Tensor:
         dictionary = self.skips[layer]
         assert dictionary.skip is not None
-        return self._read(dictionary, out) @ dictionary.skip.double().T
+        y = self._read(dictionary, out) @ dictionary.skip.double().T
+        return self.post("mlp", layer, y) if dictionary.before_post_norm else y
 
     def _read(self, dictionary: Dictionary, out: Pass, pattern: Tensor | None = None) -> Tensor:
         """What a dictionary reads; attention outputs are computed anew from the stream below."""
@@ -232,7 +260,10 @@ class Reference:
                 return out.values[layer]
             case name:
                 z = self.head_outputs(layer, out.values[layer], pattern)
-                return z if name == "z" else self.output(layer, z)
+                if name == "z":
+                    return z
+                y = self.output(layer, z)
+                return y if dictionary.before_post_norm else self.post("attention", layer, y)
 
     def _encoded(self, dictionary: Dictionary, out: Pass, pattern: Tensor | None = None) -> Tensor:
         """Pre-activations (S, F, r) in a pass, moved by its own patterns as recorded or as given."""
@@ -283,14 +314,21 @@ class Reference:
                 self._errors("attention" if layer in self.replaced else "value", layer, rebuilt)
 
     def _written(self, dictionary: Dictionary, writes: tuple[Site, ...]) -> dict[Place, tuple[Tensor, Tensor]]:
-        """Place -> decoder rows (F, r, width) and output bias there."""
+        """Place -> decoder rows (S, F, r, width) and output bias (S, width) there, as they enter at each position."""
         found: dict[Place, tuple[Tensor, Tensor]] = {}
         names = {"attn_out": "attention", "z": "attention", "v": "value", "mlp_out": "mlp", "resid_post": "block"}
         for site in writes:
             rows, bias = dictionary.decoders[site].rows.all().double(), dictionary.output_biases[site].double()
             if site.name == "z":
                 rows, bias = rows @ self.weights.projection(site.layer, "o")[0].T, self.output(site.layer, bias)
-            found[names[site.name], site.layer] = rows.view(-1, dictionary.rank, rows.shape[1]), bias
+            rows, name = rows.view(-1, dictionary.rank, rows.shape[1]), names[site.name]
+            before = site.name == "z" or (dictionary.before_post_norm and name in ("attention", "mlp"))
+            entered = [
+                tuple(self.post(name, site.layer, x, position=p) if before else x for x in (rows, bias))
+                for p in range(len(self.ids))
+            ]
+            all_rows, all_biases = zip(*entered, strict=True)
+            found[name, site.layer] = torch.stack(all_rows), torch.stack(all_biases)
         return found
 
     def _features(
@@ -305,13 +343,13 @@ class Reference:
         if isinstance(dictionary.moved_by, HeadLoading):
             activations = self.moved[dictionary.name] = strongest(dictionary.moved_by, activations)
             n = dictionary.W_enc.shape[0]
-            one_each = torch.eye(n, dtype=torch.float64).view(-1, dictionary.rank, n)
+            one_each = torch.eye(n, dtype=torch.float64).view(-1, dictionary.rank, n).expand(len(self.ids), -1, -1, -1)
             self._add_nodes("mtc_key", dictionary, pre, activations, {("moved", dictionary.name): one_each})
             pre = activations = self._arrived(dictionary, self.recorded)
         rows = {place: rows for place, (rows, _) in written.items()}
         self._add_nodes(kind_of(dictionary), dictionary, pre, activations, rows)
         for place, (decoder, bias) in written.items():
-            rebuilt[place] = rebuilt.get(place, 0) + torch.einsum("sfr,frd->sd", activations, decoder) + bias
+            rebuilt[place] = rebuilt.get(place, 0) + torch.einsum("sfr,sfrd->sd", activations, decoder) + bias
         if dictionary.skip is not None:
             place = ("mlp", dictionary.layer)
             rebuilt[place] = rebuilt[place] + self._skip(dictionary.layer, self.recorded)
@@ -326,7 +364,7 @@ class Reference:
             key = (kind, dictionary.layer, position, feature)
             assert key not in self.sources, f"two dictionaries have {key}"
             activation, read = activations[position, feature], pre[position, feature]
-            writes = {place: activation @ decoder[feature] for place, decoder in rows.items()}
+            writes = {place: activation @ decoder[position, feature] for place, decoder in rows.items()}
             self.sources[key] = Source(position, writes)
             self.owners[key] = dictionary
             self._directions[key] = torch.ones(1).double() if dictionary.rank == 1 else read / read.norm()

@@ -3,14 +3,25 @@
 Every parameter is drawn at random, gains and biases too, so that nothing is right by being zero or one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tiny_replacements import Maker, Sizes
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from circuits.graph import Graph
 from circuits.kernels.encode import ActivationKind
@@ -20,6 +31,7 @@ from circuits.model import BaseModel
 from circuits.replacements import Dictionary, Replacement
 from circuits.replacements.sites import Norm
 
+FamilyName = Literal["gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential"]
 N_LAYERS, D_MODEL, N_HEADS, VOCABULARY, BOS = 3, 16, 4, 11, 0
 PROMPT = (BOS, 3, 7, 1, 3, 10)
 
@@ -39,9 +51,11 @@ class Case:
         Whether all are one replacement: those of two may not write to the same site.
     special
         Whether the prompt's first token is special.
+    before_post_norm
+        Whether the dictionaries were trained on the sublayers' own outputs, before a post-norm.
     """
 
-    family: Literal["gpt2", "llama"]
+    family: FamilyName
     mlp: Literal["clt", "transcoder", "skip", "type1"] = "clt"
     mlp_layers: tuple[int, ...] = (0, 1, 2)
     attention: dict[int, str] = field(default_factory=dict)
@@ -50,6 +64,7 @@ class Case:
     activation: ActivationKind = "relu"
     norm: Norm = "full"
     special: bool = True
+    before_post_norm: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -139,7 +154,38 @@ MOVING = {
     "llama_mixed": Case("llama", mlp="skip", moved=("value.0", "mtc-rank2.1", "type2.2"), seed=54),
     "llama_mixed_frozen": Case("llama", mlp="transcoder", moved=("lorsa.0", "mtc.2"), special=False, seed=55),
 }  # fmt: skip
-CASES = STAYING | MOVING
+FAMILIES = {
+    "qwen3_clt_attn_out": Case("qwen3", attention=ATTN_OUT, seed=60),
+    "qwen3_frozen": Case("qwen3", mlp="transcoder", special=False, seed=61),
+    "neox_parallel_frozen": Case("neox", seed=62),
+    "neox_parallel_skip_z": Case("neox", mlp="skip", attention={0: "z", 2: "z"}, special=False, seed=63),
+    "neox_parallel_skip_all_z": Case("neox", mlp="skip", mlp_layers=(0, 2), attention=Z, norm="scale", seed=64),
+    "neox_parallel_attn_out": Case("neox", mlp="transcoder", attention=ATTN_OUT, activation="topk", seed=65),
+    "neox_sequential": Case("neox_sequential", mlp="skip", attention={2: "attn_out"}, special=False, seed=66),
+    "gemma2_frozen": Case("gemma2", seed=67),
+    "gemma2_clt_attn_out": Case("gemma2", attention=ATTN_OUT, activation="jump_relu", special=False, seed=68),
+    "gemma2_z_skip": Case("gemma2", mlp="skip", attention={0: "z", 2: "z"}, seed=69),
+    "gemma2_before_post_norm": Case("gemma2", attention={0: "z", 1: "attn_out"}, before_post_norm=True, seed=70),
+}
+MOVING_FAMILIES = {
+    "qwen3_mtc": Case("qwen3", moved=("mtc.0", "mtc-rank2.2"), special=False, seed=71),
+    "neox_parallel_mtc": Case("neox", moved=everywhere("mtc"), seed=72),
+    "neox_parallel_value": Case("neox", mlp="skip", moved=("value.0", "value.2"), special=False, seed=73),
+    "neox_parallel_residual": Case("neox", mlp="skip", moved=("residual.1", "lorsa-rotary.2"), seed=74),
+    "neox_parallel_weakly_causal": Case(
+        "neox", mlp="type1", moved=everywhere("type2-mlp"), together=True, special=False, seed=75
+    ),
+    "gemma2_mtc": Case("gemma2", mlp="transcoder", moved=("mtc.0", "mtc-top4.1"), special=False, seed=76),
+    "gemma2_value": Case("gemma2", mlp="skip", moved=("value.0", "value.2"), before_post_norm=True, seed=77),
+    "gemma2_residual_before": Case(
+        "gemma2", moved=("mctc-mlp.0", "residual.1", "mctc.2"), together=True, before_post_norm=True, seed=78
+    ),
+    "gemma2_weakly_causal_before": Case(
+        "gemma2", mlp="type1", moved=everywhere("type2"), together=True, before_post_norm=True, special=False, seed=79
+    ),
+}  # fmt: skip
+MOVING |= MOVING_FAMILIES
+CASES = STAYING | FAMILIES | MOVING
 
 
 def build(case: Case) -> Model:
@@ -156,6 +202,9 @@ def build(case: Case) -> Model:
         replacements.append(in_memory("attention", saes))
     if case.moved:
         replacements.append(in_memory("moved", [maker.of(name) for name in case.moved]))
+    if case.before_post_norm:
+        for r in replacements:
+            r.dictionaries = tuple(replace(d, before_post_norm=True) for d in r.dictionaries)
     if case.together:
         replacements = [in_memory("all", [d for replacement in replacements for d in replacement.dictionaries])]
     check_replacements(base, replacements)
@@ -166,31 +215,42 @@ def sizes_of(lm: Any) -> Sizes:
     """The widths of a tiny model's sites."""
     config = lm.config
     n_kv = getattr(config, "num_key_value_heads", N_HEADS)
-    return Sizes(N_LAYERS, D_MODEL, N_HEADS, n_kv, getattr(config, "head_dim", D_MODEL // N_HEADS))
+    return Sizes(N_LAYERS, D_MODEL, N_HEADS, n_kv, getattr(config, "head_dim", None) or D_MODEL // N_HEADS)
 
 
 def random_lm(family: str, generator: torch.Generator) -> nn.Module:
-    """A Hugging Face model, eager attention; Llama with grouped queries and heads wider than width / heads."""
+    """A Hugging Face model, eager attention; grouped queries and heads wider than width / heads where there can be."""
+    common = {
+        "vocab_size": VOCABULARY, "num_hidden_layers": N_LAYERS, "num_attention_heads": N_HEADS,
+        "hidden_size": D_MODEL, "max_position_embeddings": 16, "bos_token_id": BOS, "eos_token_id": BOS,
+        "attn_implementation": "eager",
+    }  # fmt: skip
+    grouped = {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 6, "attention_bias": True}
     lm: nn.Module
     if family == "gpt2":
-        config: Any = GPT2Config(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS,
-            bos_token_id=BOS, eos_token_id=BOS, attn_implementation="eager",
-        )  # fmt: skip
-        lm = GPT2LMHeadModel(config)
+        lm = GPT2LMHeadModel(GPT2Config(**common))
+    elif family == "llama":
+        lm = LlamaForCausalLM(LlamaConfig(**common, **grouped))
+    elif family == "qwen3":
+        lm = Qwen3ForCausalLM(Qwen3Config(**common, **grouped))
+    elif family == "gemma2":
+        caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        lm = Gemma2ForCausalLM(
+            Gemma2Config(**common, **grouped, **caps, sliding_window=3, query_pre_attn_scalar=5, pad_token_id=BOS)
+        )
     else:
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, max_position_embeddings=16, hidden_size=D_MODEL, intermediate_size=24,
-            num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS, num_key_value_heads=2, head_dim=6,
-            attention_bias=True, bos_token_id=BOS, eos_token_id=BOS, attn_implementation="eager",
-        )  # fmt: skip
-        lm = LlamaForCausalLM(config)
+        rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        parallel = family == "neox"
+        lm = GPTNeoXForCausalLM(
+            GPTNeoXConfig(**common, intermediate_size=24, rope_parameters=rotary, use_parallel_residual=parallel)
+        )
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.ndim == 1 and not name.endswith("bias")
             spread = 0.5 if parameter.ndim == 1 or "embed" in name or "wte" in name or "wpe" in name else 0.35
-            parameter.copy_(1 + 0.3 * drawn if is_gain else spread * drawn)
+            one = 0.0 if family == "gemma2" else 1.0  # Gemma keeps its gains less one
+            parameter.copy_(one + 0.3 * drawn if is_gain else spread * drawn)
     return lm
 
 

@@ -50,8 +50,8 @@ def test_json_tells_hops_and_scores() -> None:
     assert sum("first_hops" in link for link in content["links"]) == 2
     first, second, own = content["qk"]
     assert first == {
-        "layer": 1, "head": 0, "query": 1, "key": 0, "owner": "", "score": 4.5, "attention": 0.75, "relative": 0.3, "lead": 1.2,
-        "gap": 1e-6,
+        "layer": 1, "head": 0, "query": 1, "key": 0, "owner": "", "score": 4.5, "attention": 0.75, "relative": 0.3,
+        "lead": 1.2, "gap": 1e-6,
         "pairs": [["E_11_1", "v0_5_0", 3.0], ["E_11_1", "E_10_0", 2.0], ["bias", "v0_5_0", -0.5]],
         "lead_pairs": [["E_11_1", "v0_5_0", 0, 0.75], ["E_11_1", "E_11_1", 1, -0.25]],
         "query_side": [["E_11_1", 5.0]],
