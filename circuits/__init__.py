@@ -12,23 +12,32 @@ if (_checkout := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml")
 if TYPE_CHECKING:
     from circuits.errors import CircuitsError
     from circuits.explaining import Explanation, explain
+    from circuits.generation import GeneratedText, generate
     from circuits.graph import Graph, GraphError
+    from circuits.interventions import Bench, Change, Outcome, PatternChange, intervene
     from circuits.loading import Model, load
     from circuits.replacements.errors import ReplacementError
     from circuits.settings import TraceSettings
     from circuits.targets import Direction, FeatureTarget, TokenDifference, TokenTarget, TopTokens
     from circuits.tracing import trace
+    from circuits.verification import verify
+    from circuits.virtual_weights import partners
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bench",
+    "Change",
     "CircuitsError",
     "Direction",
     "Explanation",
     "FeatureTarget",
+    "GeneratedText",
     "Graph",
     "GraphError",
     "Model",
+    "Outcome",
+    "PatternChange",
     "ReplacementError",
     "TokenDifference",
     "TokenTarget",
@@ -36,27 +45,40 @@ __all__ = [
     "TraceSettings",
     "__version__",
     "explain",
+    "generate",
+    "intervene",
     "load",
+    "partners",
     "trace",
+    "verify",
 ]
 
 # Imported on first use, so that `circuits --help` does not wait for torch.
 _HOMES = {
+    "Bench": "circuits.interventions",
+    "Change": "circuits.interventions",
     "CircuitsError": "circuits.errors",
     "Direction": "circuits.targets",
     "Explanation": "circuits.explaining",
     "FeatureTarget": "circuits.targets",
+    "GeneratedText": "circuits.generation",
     "Graph": "circuits.graph",
     "GraphError": "circuits.graph",
     "Model": "circuits.loading",
+    "Outcome": "circuits.interventions",
+    "PatternChange": "circuits.interventions",
     "ReplacementError": "circuits.replacements.errors",
     "TokenDifference": "circuits.targets",
     "TokenTarget": "circuits.targets",
     "TopTokens": "circuits.targets",
     "TraceSettings": "circuits.settings",
     "explain": "circuits.explaining",
+    "generate": "circuits.generation",
+    "intervene": "circuits.interventions",
     "load": "circuits.loading",
+    "partners": "circuits.virtual_weights",
     "trace": "circuits.tracing",
+    "verify": "circuits.verification",
 }
 
 

@@ -214,10 +214,11 @@ class LinearizedModel:
         there = [d for d in self.owners.get(depth, []) for s in self.writes_of(d) if write_depth(s) == depth]
         if not is_mlp and any(str(d.read.site) == f"z.{layer}" for d in there):
             return self.attention[layer].after_heads
-        zero = torch.zeros_like(self.recording.embedding)
+        total = torch.zeros_like(self.recording.embedding)
         post = self.recording.post_norm(layer, mlp=bool(is_mlp))
-        has_bias = post is not None and post.bias is not None and any(d.before_post_norm for d in there)
-        return zero + post.bias if has_bias and layer not in self.replaced_blocks else zero
+        if layer not in self.replaced_blocks and any(d.before_post_norm for d in there):
+            total = total if post is None or post.bias is None else total + post.bias
+        return total
 
     def through_output(
         self, site: Site, rows: Tensor, positions: Tensor | slice | None = None, *, before_post_norm: bool = False

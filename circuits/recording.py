@@ -147,8 +147,8 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
     shape = model.shape
     stacked = {name: torch.stack(kept[name]) for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z")}
     for name, site, heads in (("queries", "q", shape.n_heads), ("keys", "k", shape.n_kv_heads)):
-        layers = [inside[f"{site}.{layer}"][0].unflatten(-1, (heads, -1)) for layer in range(len(blocks))]
-        stacked[name] = torch.stack(layers)
+        flat = torch.stack([inside[f"{site}.{layer}"][0] for layer in range(len(blocks))])
+        stacked[name] = flat.view(*flat.shape[:-1], heads, -1)
 
     def norms(path: str | None, inputs: Iterable[Tensor]) -> tuple[NormRecord, ...]:
         if path is None:

@@ -52,6 +52,8 @@ class _Wanted:
               help="Influence that may stay unexpanded in all; 0 expands everything.")  # fmt: skip
 @click.option("--unpruned", is_flag=True, help="Keep every node and edge.")
 @click.option("--explain", is_flag=True, help="Explain why the heads that carry the edges looked where they did.")
+@click.option("--verify", type=click.IntRange(min=0),
+              help="Ablate so many of the strongest nodes, and compare with the prediction; 0: all.")  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
 )
@@ -93,11 +95,20 @@ def command(**options: Any) -> None:
     prompt = _prompt(model, wanted)
     with progress_bar("sweeping") as progress:
         graph = trace(model, prompt, _targets(model, wanted), settings, progress)
+    if options["verify"] is not None:
+        from circuits.verification import verify
+
+        with progress_bar("ablating") as progress:
+            graph = verify(model, graph, nodes=options["verify"] or None, progress=progress)
     if output is not None:
         for suffix in formats:
             graph.save(output / f"graph.{suffix}")
     if not options["quiet"]:
         show_graph(graph)
+        if options["verify"] is not None:
+            from circuits.cli.verify import show_verification
+
+            show_verification(graph)
         if output is not None:
             console.print(f"wrote {', '.join(str(output / f'graph.{suffix}') for suffix in formats)}")
 

@@ -1,0 +1,108 @@
+"""`circuits verify`: test a graph's predictions by interventions in the base model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from circuits.graph import Graph
+
+
+@click.command("verify", short_help="Test a graph's predictions by interventions.")
+@click.argument("graph", type=click.Path(path_type=Path))
+@click.option("--nodes", type=click.IntRange(min=1), help="Test so many nodes, the strongest first. Default: all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random nodes and intervals.")
+@click.option("--mode", type=click.Choice(["real", "frozen"]), default="real", show_default=True,
+              help="real: everything is recomputed; frozen: direct effects.")  # fmt: skip
+@click.option("--model", help="Folder or hub id of the graph's model. Default: the embedded model.")
+@click.option("--replacement", "replacements", multiple=True, help="The graph's replacements, each once.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--list", "listed", type=int, default=12, show_default=True, help="How many nodes to list.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the graph here. Default: where it was.")
+def command(graph: Path, **options: Any) -> None:
+    """Ablate the nodes of a saved GRAPH, and compare what happens with what it predicts.
+
+    The figures are written into the graph: into its metadata, and what each node's test found into the node.
+    """
+    from circuits.cli.console import console, progress_bar
+    from circuits.cli.trace import quiet_libraries
+    from circuits.graph import Graph
+
+    loaded = Graph.load(graph)
+    from circuits.loading import model_of
+    from circuits.verification import verify
+
+    quiet_libraries()
+    with progress_bar("loading"):
+        model = model_of(loaded, options["model"], options["replacements"] or None, device=options["device"])
+    with progress_bar("ablating") as progress:
+        verified = verify(
+            model, loaded, nodes=options["nodes"], seed=options["seed"], mode=options["mode"], progress=progress
+        )
+    output: Path = options["output"] or graph
+    verified.save(output)
+    show_verification(verified, options["listed"])
+    console.print(f"wrote {output}")
+
+
+def show_verification(graph: "Graph", count: int = 12) -> None:
+    """Print what was measured: the nodes' tests, and the figures."""
+    from circuits.cli.console import console
+
+    console.print(_nodes(graph, count))
+    console.print()
+    console.print(_figures(graph))
+
+
+def _nodes(graph: "Graph", count: int) -> "Table":
+    import numpy as np
+
+    from circuits.cli.console import new_table, node_name, position_name, signed
+
+    table = new_table("Ablated by itself: change of the target", "node", "position", "predicted>", "measured>")
+    nodes = graph.nodes
+    tested = np.flatnonzero(~np.isnan(nodes.measured))
+    for node in tested[np.argsort(-np.abs(nodes.predicted[tested]), kind="stable")][:count].tolist():
+        table.add_row(
+            node_name(graph, node),
+            position_name(graph, int(nodes.position[node])),
+            signed(float(nodes.predicted[node])),
+            signed(float(nodes.measured[node])),
+        )
+    return table
+
+
+def _figures(graph: "Graph") -> "Table":
+    from rich.text import Text
+
+    from circuits.cli.console import new_table
+
+    found = graph.metadata["verification"]
+    title = f"Predicted against measured ({found['mode']}), with 95 % intervals"
+    table = new_table(title, "tested", "number>", "rank correlation>", "slope>", "median effect>")
+    for name, label in (("nodes", "the graph's nodes"), ("random", "random nodes"), ("patterns", "heads of edges")):
+        row = found[name]
+        table.add_row(
+            label, str(row["tested"]), *(_interval(row, figure) for figure in ("spearman", "slope", "median_effect"))
+        )
+    table.add_row(Text("the graph kept alone: ", end="") + _share(found["sufficiency"]))
+    table.add_row(Text("the graph removed: ", end="") + _share(found["necessity"]))
+    return table
+
+
+def _interval(row: dict[str, Any], figure: str) -> str:
+    value, interval = row[figure], row[f"{figure}_interval"]
+    if value is None:
+        return "-"
+    shown = f"{value:.2f}"
+    return shown if interval is None or interval[0] is None else f"{shown} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _share(value: float | None) -> "Text":
+    from rich.text import Text
+
+    return Text("-" if value is None else f"{value:.2f}", style="bold")
