@@ -7,6 +7,8 @@ Beside the sites of the stream there are those inside attention, each (batch, S,
     v.l        values, (K x E)
     pattern.l  attention patterns [query, key], (batch, H, S, S)
 
+and `attn_before.l`, `mlp_before.l`, the sublayers' own outputs before a post-norm.
+
 H query heads, K key-value heads, E head width, S positions.
 """
 
@@ -74,6 +76,7 @@ def _hook(model: BaseModel, site: str, norm: str, keep: Callable[[Tensor], None]
     name, _, layer = site.partition(".")
     family, block = model.family, model.blocks[int(layer)]
     outputs = {"attn_out": family.attention_out, "mlp_out": family.mlp_out}
+    outputs |= {"attn_before": family.attention, "mlp_before": family.mlp}
     inputs = {"resid_pre": family.attention_norm, "resid_mid": family.mlp_norm, "z": family.attention_output}
     if norm == "scale":
         raise CircuitsError(f"training on {site}:scale is not supported; use the norm 'full' or 'none'")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from circuits.capturing import capturing, joined
 from circuits.families import part
 from circuits.model import BaseModel
-from circuits.replaced import Encoded, ReplacedRun, encode_batch, needed, rebuild
+from circuits.replaced import Encoded, ReplacedRun, captured, encode_batch, needed, rebuild
 from circuits.replacements.dictionary import Active, Dictionary, Replacement
 from circuits.replacements.sites import ReadSite, Site
 from circuits.text import Document, groups, pad
@@ -75,7 +75,10 @@ def dictionary_figures(
     features move, those that pass the gate: at the source for features that the base layer's heads move.
     """
     dictionaries = [d for r in replacements for d in r.dictionaries]
-    sites: list[ReadSite | Site | str] = [*needed(dictionaries), *{w for d in dictionaries for w in _own(d)}]
+    sites: list[ReadSite | Site | str] = [
+        *needed(dictionaries),
+        *{captured(d, w) for d in dictionaries for w in _own(d)},
+    ]
     fits = {d.name: Fit() for d in dictionaries}
     for group in groups(sorted(documents, key=len)):
         ids, mask = pad(group, model.device)
@@ -85,10 +88,11 @@ def dictionary_figures(
         with capturing(model, sites, kept):
             part(model.lm, model.family.trunk)(input_ids=ids, use_cache=False)
         encoded = {
-            d.name: encode_batch(d, joined(kept, d.read), mask, kept.get(f"pattern.{d.layer}")) for d in dictionaries
+            d.name: encode_batch(d, joined(kept, captured(d, d.read)), mask, kept.get(f"pattern.{d.layer}"))
+            for d in dictionaries
         }
         for d in dictionaries:
-            pairs = [_own_output(dictionaries, encoded, site, kept[str(site)][scored], scored) for site in _own(d)]
+            pairs = [_own_output(d, dictionaries, encoded, site, kept, scored) for site in _own(d)]
             sending = encoded[d.name].sending
             counted = sending.take(scored.flatten()[sending.positions])
             fits[d.name].add(
@@ -106,11 +110,17 @@ def _own(dictionary: Dictionary) -> tuple[Site, ...]:
 
 
 def _own_output(
-    dictionaries: Sequence[Dictionary], encoded: dict[str, Encoded], site: Site, target: Tensor, scored: Tensor
+    of: Dictionary,
+    dictionaries: Sequence[Dictionary],
+    encoded: dict[str, Encoded],
+    site: Site,
+    kept: dict[str, Tensor],
+    scored: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What stood at a site and what it was rebuilt as, (n, D) each."""
-    writers = [(d, encoded[d.name]) for d in dictionaries if site in d.writes]
-    return target, rebuild(writers, site)[scored.flatten()]
+    """What stood at a dictionary's site and what all that write there rebuilt it as, (n, D) each."""
+    place = captured(of, site)
+    writers = [(d, encoded[d.name]) for d in dictionaries if site in d.writes and captured(d, site) == place]
+    return kept[str(place)][scored], rebuild(writers, site)[scored.flatten()]
 
 
 @torch.no_grad()

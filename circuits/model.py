@@ -173,8 +173,8 @@ class BaseModel:
 
         def split(values: Tensor) -> Tensor:
             if self.family.fused == "heads":
-                return values.float().unflatten(0, (n_heads, parts, width))[:, index]
-            return values.float().chunk(parts)[index].unflatten(0, (n_heads, width))
+                return values.float().reshape(n_heads, parts, width, *values.shape[1:])[:, index]
+            return values.float().chunk(parts)[index].reshape(n_heads, width, *values.shape[1:])
 
         return split(weight), None if bias is None else split(bias)
 

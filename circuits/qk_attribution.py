@@ -57,10 +57,6 @@ class Strongest:
     place: Tensor
     weight: Tensor
 
-    def take(self, rows: slice) -> "Strongest":
-        """Those of some scores."""
-        return Strongest(self.query[rows], self.key[rows], self.place[rows], self.weight[rows])
-
 
 class QueryBlock:
     """Queries of several circuits of one layer at one position, against all their keys.
@@ -169,11 +165,21 @@ class Explained:
         return (block.query.vectors[circuit] @ keys.unsqueeze(-1)).squeeze(-1)
 
     @cached_property
+    def own_columns(self) -> tuple[Tensor, Tensor]:
+        """(T, parts of the longest key) the parts that stand at each score's key, and one where there is one, else 0."""
+        starts = torch.searchsorted(self.block.key_of, torch.arange(self.block.position + 2, device=self.key.device))
+        width = int(starts.diff()[self.key].max())
+        columns = starts[self.key].unsqueeze(1) + torch.arange(width, device=self.key.device)
+        there = columns < starts[self.key + 1].unsqueeze(1)
+        return columns.clamp(max=len(self.block.key_of) - 1), there.float()
+
+    @cached_property
     def key_sides(self) -> Tensor:
-        """(T, m) each key part's sum over all parts of the query, zero at other keys."""
-        block, circuit, key = self.block, self.circuit, self.key
-        sums = (block.keys @ block.query_totals.float().unsqueeze(-1)).squeeze(-1)[circuit]
-        return sums * block.secant[circuit, key].unsqueeze(1) * (block.key_of == key.unsqueeze(1))
+        """(T, parts of the longest key) the sum of each of `own_columns` over all parts of the query."""
+        block, circuit = self.block, self.circuit
+        columns, there = self.own_columns
+        sums = (block.keys @ block.query_totals.float().unsqueeze(-1)).squeeze(-1)
+        return sums[circuit.unsqueeze(1), columns] * there * block.secant[circuit, self.key].unsqueeze(1)
 
     @property
     def gaps(self) -> Tensor:
@@ -191,28 +197,36 @@ class Explained:
 
     def strongest_pairs(self, top: int) -> tuple[Strongest, Strongest]:
         """The pairs with the largest parts of the scores, and of their leads, in the order of the relative form."""
-        block, circuit = self.block, self.circuit.repeat(2)
-        own = (block.key_of == self.key.unsqueeze(1)).float()
-        shares = torch.cat([own, self.lead_shares.float()[:, block.key_of]])
-        found = _strongest(block, circuit, shares * block.secant[:, block.key_of][circuit], top)
-        return found.take(slice(0, len(self.key))), found.take(slice(len(self.key), None))
+        block, circuit = self.block, self.circuit
+        columns, there = self.own_columns
+        own = there * block.secant[circuit, self.key].unsqueeze(1)
+        shares = (self.lead_shares.float() * block.secant[circuit])[:, block.key_of]
+        best = (block.largest[circuit.unsqueeze(1), columns] * own.abs()).topk(min(top, own.shape[1]), dim=1).indices
+        scores = _strongest(block, circuit, columns.gather(1, best), own.gather(1, best), top)
+        best = (block.largest[circuit] * shares.abs()).topk(min(top, shares.shape[1]), dim=1).indices
+        return scores, _strongest(block, circuit, best, shares.gather(1, best), top)
 
     def strongest_sides(self, top: int) -> tuple[Strongest, Strongest]:
         """The parts of the query, and of the key, with the largest sums over the other side."""
         found = []
-        for sums, sources in ((self.query_sides, self.block.query.sources), (self.key_sides, self.block.key_sources)):
+        queries = self.block.query.sources.expand(len(self.key), -1)
+        for sums, sources in (
+            (self.query_sides, queries),
+            (self.key_sides, self.block.key_sources[self.own_columns[0]]),
+        ):
             at = sums.abs().topk(min(top, sums.shape[1]), dim=1).indices
-            names, place = sources[at], self.key.unsqueeze(1).expand_as(at)
+            names, place = sources.gather(1, at), self.key.unsqueeze(1).expand_as(at)
             found.append(Strongest(names, names, place, sums.gather(1, at)))
         return found[0], found[1]
 
 
-def _strongest(block: QueryBlock, circuit: Tensor, factors: Tensor, top: int) -> Strongest:
-    """The largest pairs times factors (T, m) of their key parts: they lie in the `top` key parts whose largest pair is
-    largest, so only those are sorted."""
-    reach = block.largest[circuit] * factors.abs()
-    columns = reach.topk(min(top, reach.shape[1]), dim=1).indices
-    keys = block.keys[circuit.unsqueeze(1), columns] * factors.gather(1, columns).unsqueeze(-1)
+def _strongest(block: QueryBlock, circuit: Tensor, columns: Tensor, factors: Tensor, top: int) -> Strongest:
+    """The largest pairs with some parts of the keys, times factors (T, columns) of these.
+
+    The `top` largest pairs of all lie in the `top` parts of the keys whose own largest pair is largest, so only those
+    need be given.
+    """
+    keys = block.keys[circuit.unsqueeze(1), columns] * factors.unsqueeze(-1)
     flat = (keys @ block.query.vectors[circuit].transpose(1, 2)).flatten(1)
     places = flat.abs().topk(min(top, flat.shape[1]), dim=1).indices
     n = block.query.vectors.shape[1]

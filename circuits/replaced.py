@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from circuits.capturing import capturing
+from circuits.errors import CircuitsError
 from circuits.families import part
 from circuits.kernels.decode import gather_decode
 from circuits.linearize import write_depth
@@ -88,7 +89,15 @@ def rebuild(parts: Sequence[tuple[Dictionary, Encoded]], site: Site) -> Tensor:
 def needed(dictionaries: Sequence[Dictionary]) -> list[ReadSite | Site | str]:
     """What has to be captured for dictionaries to run: their read sites, and patterns of heads that move features."""
     patterns = {f"pattern.{d.layer}" for d in dictionaries if isinstance(d.moved_by, HeadLoading)}
-    return [*dict.fromkeys(d.read for d in dictionaries), *sorted(patterns)]
+    return [*dict.fromkeys(captured(d, d.read) for d in dictionaries), *sorted(patterns)]
+
+
+def captured(dictionary: Dictionary, place: ReadSite | Site) -> ReadSite | Site | str:
+    """What has to be captured for a place of a dictionary: an output before a post-norm if it was trained there."""
+    site = place.site if isinstance(place, ReadSite) else place
+    if dictionary.before_post_norm and site.name in ("attn_out", "mlp_out"):
+        return f"{site.name.removesuffix('_out')}_before.{site.layer}"
+    return place
 
 
 def _shifted(active: Active, by: int) -> Active:
@@ -142,15 +151,28 @@ class ReplacedRun:
                 elif Site("v", layer) in sites:
                     handles.append(part(block, family.value).register_forward_hook(self._value_hook(layer)))
                 elif attention in sites:
-                    module = part(block, family.attention_out)
-                    handles.append(module.register_forward_hook(self._output_hook(attention)))
+                    path = family.attention if self._before_post_norm(attention) else family.attention_out
+                    handles.append(part(block, path).register_forward_hook(self._output_hook(attention)))
                 if mlp in sites:
-                    handles.append(part(block, family.mlp_out).register_forward_hook(self._output_hook(mlp)))
+                    path = family.mlp if self._before_post_norm(mlp) else family.mlp_out
+                    handles.append(part(block, path).register_forward_hook(self._output_hook(mlp)))
             try:
                 yield
             finally:
                 for handle in handles:
                     handle.remove()
+
+    def _before_post_norm(self, site: Site) -> bool:
+        """Whether an output is replaced before the post-norm that the family may have."""
+        before = {d.before_post_norm for d in self.dictionaries if site in d.writes}
+        family = self.model.family
+        if len(before) > 1 and (family.attention_post_norm if site.name == "attn_out" else family.mlp_post_norm):
+            names = ", ".join(d.name for d in self.dictionaries if site in d.writes)
+            raise CircuitsError(
+                f"{names} all write {site}, some before its post-norm and some behind it; such a mixture can be "
+                "traced, but not run"
+            )
+        return True in before
 
     def _changed(self, site: Site, value: Tensor, passed: Tensor | None = None) -> Tensor:
         """What takes the place of `value` (C, S, D) at a site; the first position stays."""

@@ -9,8 +9,9 @@ Two questions, for each of the default's replacements of attention:
   attention fall when the pair's features are ablated?
 - *Pairs*: for the strongest attention-mediated edges of every behaviour: does ablating the features of the first
   feature-feature pair lower the attention more than ablating random features at the same positions whose contributions
-  to the stream have the same norms within 20 %? Measured is the log odds of the attention, which a saturated head
-  still shows.
+  to the stream have the same norms within 20 %? Edges count whose ten strongest pairs, which a graph keeps, have such a
+  pair; those where it comes later (the embeddings' pairs come first) are counted apart. Measured is the log odds of the
+  attention, which a saturated head still shows; the QK attributions predict them.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,16 @@ import numpy as np
 import torch
 from corpus import Corpus
 from rich.progress import track
+from scipy.stats import spearmanr
 from verify import BEHAVIOURS, behaviour_prompts
 
 import circuits
-from circuits.graph import Graph
+from circuits.graph import ERROR_KINDS, Graph
 from circuits.head_steps import strongest_heads
 from circuits.interventions import Bench, Change
 from circuits.origins import token_origins
 from circuits.prompt import prepare
-from circuits.qk_attribution import HeadStep, QKAttribution
+from circuits.qk_attribution import Explained, HeadStep, QKAttribution
 from circuits.sweep import Sweep
 from circuits.targets import TopTokens
 from circuits.tracing import lay_out
@@ -42,16 +45,36 @@ from circuits.verification import addresses
 REPLACEMENTS = ("attention-sae", "mtc", "weakly-causal", "clt")
 EDGES = 6
 LOOKS = 0.3  # attention from which on a head is said to look
-Pair = tuple[int, int, int, float]
+LISTED = 10  # pairs that a graph keeps
 
 
-def pairs_of(sweep: Sweep, steps: list[HeadStep], top: int = 200) -> Iterator[tuple[HeadStep, list[Pair]]]:
-    """Each step's pairs in the order of the relative form: query part, key part, key position, part of the lead."""
+@dataclass(frozen=True)
+class Looked:
+    """One step with its pairs in the order of the relative form: query part, key part, its position, part of the lead."""
+
+    step: HeadStep
+    explained: Explained
+    number: int
+    pairs: list[tuple[int, int, int, float]]
+
+    def predicted(self, query: int, key: int) -> float:
+        """What the QK attribution says that ablating a query part and a key part does to the lead."""
+        block = self.explained.block
+        shares = self.explained.lead_shares[self.number].float()[block.key_of]
+        parts = block.pairs(int(self.explained.circuit[self.number]), slice(None)) * shares
+        row = block.query.sources == query
+        column = (block.key_sources == key) & (block.key_of == self.step.key)
+        return -float(parts[row].sum() + parts[:, column].sum() - parts[row][:, column].sum())
+
+
+def looked(sweep: Sweep, steps: list[HeadStep], top: int = 200) -> Iterator[Looked]:
+    """The steps with their pairs."""
     for explained in QKAttribution.of(sweep).explain(steps):
         _, leads = explained.strongest_pairs(top)
         columns = (leads.query, leads.key, leads.place, leads.weight)
         for i, step in enumerate(explained.steps):
-            yield step, list(zip(*(column[i].tolist() for column in columns), strict=True))
+            pairs = list(zip(*(column[i].tolist() for column in columns), strict=True))
+            yield Looked(step, explained, i, pairs)
 
 
 def log_odds(attention: torch.Tensor, key: int) -> torch.Tensor:
@@ -111,17 +134,23 @@ def test_pairs(model: circuits.Model, ids: list[int], rng: random.Random) -> lis
     sweep = lay_out(model, prepare(model.base, ids), [TopTokens()])
     bench, rows = Bench(model, ids), []
     is_feature = np.append(sweep.table.dictionary >= 0, False)
-    for step, pairs in pairs_of(sweep, steps):
+    for found in looked(sweep, steps):
+        step = found.step
         first = next(
-            ((q, k) for q, k, place, w in pairs
+            ((rank, q, k) for rank, (q, k, place, w) in enumerate(found.pairs)
              if w > 0 and place == step.key and min(q, k) >= 0 and is_feature[q] and is_feature[k]), None,
         )  # fmt: skip
-        others = [matched(sweep, step.layer, node, rng) for node in first] if first is not None else [None]
+        others = [matched(sweep, step.layer, node, rng) for node in first[1:]] if first is not None else [None]
         if first is None or None in others:
             rows.append({"tested": False, "pair": first is not None})
             continue
-        pair, other = change(bench, sweep, step, [list(first), [node for node in others if node is not None]])
-        rows.append({"tested": True, "pair_change": pair, "random_change": other, "more": pair < other})
+        random_pair = [node for node in others if node is not None]
+        pair, other = change(bench, sweep, step, [list(first[1:]), random_pair])
+        rows.append(
+            {"tested": True, "listed": first[0] < LISTED, "pair_change": pair, "random_change": other,
+             "more": pair < other, "predicted": found.predicted(*first[1:]),
+             "random_predicted": found.predicted(*random_pair)}
+        )  # fmt: skip
     return rows
 
 
@@ -140,16 +169,19 @@ def test_induction(model: circuits.Model, ids: list[int]) -> list[dict[str, Any]
     if not steps:
         return []
     origins, bench, rows = token_origins(sweep)[:, :-1], Bench(model, ids), []
-    for step, pairs in pairs_of(sweep, steps):
-        found = next(((q, k) for q, k, place, w in pairs if w > 0 and place == step.key), None)
-        if found is None:
-            continue
-        carried = [int(origins[node].argmax()) if node >= 0 else -1 for node in found]
-        current, previous = carried[0] == step.query, carried[1] == step.key - 1
-        row = {"layer": step.layer, "current": current, "previous": previous}
-        features = [node for node in found if node >= 0 and sweep.table.dictionary[node] >= 0]
+    is_error = np.append(np.isin(sweep.table.kind, ERROR_KINDS), True)  # constants, numbered from the end, count too
+    for one in looked(sweep, steps):
+        found = [(q, k) for q, k, place, w in one.pairs if w > 0 and place == one.step.key]
+        named = [pair for pair in found if not any(node < 0 or is_error[node] for node in pair)]
+        row: dict[str, Any] = {"layer": one.step.layer}
+        for label, some in (("first", found), ("named", named)):
+            carried = [int(origins[node].argmax()) if node >= 0 else -1 for node in (some[0] if some else (-1, -1))]
+            current, previous = carried[0] == one.step.query, carried[1] == one.step.key - 1
+            row |= {f"{label} current": current, f"{label} previous": previous,
+                    f"{label} both": current and previous, f"{label} either": current or previous}  # fmt: skip
+        features = [node for node in (named[0] if named else ()) if sweep.table.dictionary[node] >= 0]
         if features:
-            row["change"] = change(bench, sweep, step, [features])[0]
+            row["change"] = change(bench, sweep, one.step, [features])[0]
         rows.append(row)
     return rows
 
@@ -160,13 +192,13 @@ def share(rows: list[dict[str, Any]], name: str) -> float:
 
 def summary(pairs: dict[str, list[dict[str, Any]]], induction: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares and medians of both tests."""
-    both = [row | {"both": row["current"] and row["previous"], "either": row["current"] or row["previous"]}
-            for row in induction]  # fmt: skip
-    moved = [row["change"] for row in both if "change" in row]
+    moved = [row["change"] for row in induction if "change" in row]
+    told = ("both", "either", "current", "previous")
     result: dict[str, Any] = {
         "induction": {
-            "heads": len(both),
-            **{name: share(both, name) for name in ("both", "either", "current", "previous")},
+            "heads": len(induction),
+            "first pair": {name: share(induction, f"first {name}") for name in told},
+            "first pair without errors and biases": {name: share(induction, f"named {name}") for name in told},
             "tested by ablation": len(moved),
             "attention falls": round(sum(value < 0 for value in moved) / max(len(moved), 1), 4),
             "median change of log odds": round(float(np.median(moved)), 4) if moved else None,
@@ -176,13 +208,34 @@ def summary(pairs: dict[str, list[dict[str, Any]]], induction: list[dict[str, An
     everything = [row for rows in pairs.values() for row in rows]
     for name, rows in [("all", everything), *pairs.items()]:
         tested = [row for row in rows if row["tested"]]
-        changes = [[row[key] for row in tested] for key in ("pair_change", "random_change")]
-        medians = [round(float(np.median(values)), 4) if values else None for values in changes]
+        listed = [row for row in tested if row["listed"]]
         result["pairs"][name] = {
-            "edges": len(rows), "tested": len(tested), "more than random": share(tested, "more"),
-            "median change": medians[0], "median random change": medians[1],
-        }  # fmt: skip
+            "edges": len(rows),
+            "no pair": sum(not row["tested"] and not row["pair"] for row in rows),
+            "no match": sum(not row["tested"] and row["pair"] for row in rows),
+            "listed": _figures(listed),
+            "later": _figures([row for row in tested if not row["listed"]]),
+        }
     return result
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the pair lowers the attention more than the random one, by how much, and as predicted."""
+    if not rows:
+        return {"tested": 0}
+    columns = {
+        name: np.array([row[name] for row in rows]) for name in rows[0] if name.endswith(("change", "predicted"))
+    }
+    predicted = np.concatenate([columns["predicted"], columns["random_predicted"]])
+    measured = np.concatenate([columns["pair_change"], columns["random_change"]])
+    return {
+        "tested": len(rows),
+        "more than random": share(rows, "more"),
+        "lowers": round(float((columns["pair_change"] < 0).mean()), 4),
+        "median change": round(float(np.median(columns["pair_change"])), 4),
+        "median random change": round(float(np.median(columns["random_change"])), 4),
+        "rank correlation of predicted and measured": round(float(spearmanr(predicted, measured).statistic), 4),
+    }
 
 
 def main() -> None:

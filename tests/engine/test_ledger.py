@@ -64,16 +64,17 @@ def test_ledger_closes(name: str) -> None:
     assert (np.abs(total[is_target]) > 1e-3).mean() > 0.9
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "neox_sequential", "gemma2"])
 @pytest.mark.parametrize("seed", range(100, 106))
 def test_ledger_closes_for_any_seed(family: str, seed: int) -> None:
-    """Random models of both families with a mix of everything: a CLT, or skips, over z, attn_out and a frozen layer."""
+    """Random models of every family with a mix of everything: a CLT, or skips, over z, attn_out and a frozen layer."""
     case = Case(
         family,  # type: ignore[arg-type]
         mlp="clt" if seed % 2 else "skip",
         attention={seed % 3: "z", (seed + 1) % 3: "attn_out"},
         activation="jump_relu",
         special=seed % 4 < 2,
+        before_post_norm=seed % 3 == 0,
         seed=seed,
     )
     graph = circuits.trace(build(case), case.token_ids, settings=UNPRUNED)

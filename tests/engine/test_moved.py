@@ -263,7 +263,9 @@ EVALUATED = [
     "gpt2_mtc", "llama_mtc_top4", "llama_mctc_clt", "gpt2_mctc", "gpt2_residual_middle", "llama_residual_all",
     "gpt2_mtc_ranks", "llama_value", "llama_lorsa", "gpt2_own", "llama_mixed", "gpt2_weakly_causal",
     "llama_weakly_causal_mlp", "llama_residual_weakly_causal", "gpt2_residual_mctc", "llama_type1_alone",
-    "gpt2_mtc_single_skip", "llama_mixed_frozen",
+    "gpt2_mtc_single_skip", "llama_mixed_frozen", "qwen3_clt_attn_out", "neox_parallel_mtc", "neox_parallel_skip_z",
+    "neox_parallel_weakly_causal", "neox_sequential", "gemma2_mtc", "gemma2_value", "gemma2_z_skip",
+    "gemma2_residual_before", "gemma2_weakly_causal_before",
 ]  # fmt: skip
 
 
@@ -311,7 +313,9 @@ class Replaced:
         x = base.embedded()
         for layer in range(base.weights.n_layers):
             x = self._block(layer, x)
-        self.logits = base.norm(x, "final", 0, record=True) @ base.weights.unembedding.T
+        logits = base.norm(x, "final", 0, record=True) @ base.weights.unembedding.T
+        cap = base.weights.logit_cap
+        self.logits = logits if cap is None else cap * (logits / cap).tanh()
 
     def _block(self, layer: int, x: Tensor) -> Tensor:
         base, below = self.base, x
@@ -323,12 +327,21 @@ class Replaced:
         z = base.head_outputs(layer, self._put("v", layer, values), self.pattern)
         self._encode("z", layer, z)
         attention = base.output(layer, self._put("z", layer, z))
-        self._encode("attn_out", layer, attention)
-        x = x + self._put("attn_out", layer, attention)
-        normed = base.norm(x, "mlp", layer, record=True)
+        x = x + self._out("attn_out", layer, attention)
+        normed = base.norm(below if base.weights.parallel else x, "mlp", layer, record=True)
         self._encode("resid_mid", layer, normed)
-        x = x + self._put("mlp_out", layer, base.weights.mlp(layer, normed))
+        x = x + self._out("mlp_out", layer, base.weights.mlp(layer, normed))
         return self._put("resid_post", layer, x, nothing=below)
+
+    def _out(self, site: str, layer: int, output: Tensor) -> Tensor:
+        """A sublayer's output as it is added to the stream: read and replaced behind its post-norm, or before it."""
+        sublayer = "attention" if site == "attn_out" else "mlp"
+        before = any(d.before_post_norm for d, _ in self.dictionaries)
+        if not before:
+            output = self.base.post(sublayer, layer, output, record=True)
+        self._encode(site, layer, output)
+        output = self._put(site, layer, output)
+        return self.base.post(sublayer, layer, output, record=True) if before else output
 
     def _encode(self, site: str, layer: int, read: Tensor) -> None:
         for dictionary, writes in self.dictionaries:

@@ -21,6 +21,7 @@ from circuits.targets import Target
 UNPRUNED = circuits.TraceSettings(left_out=0.0, unpruned=True)
 MIXED = ("gpt2_clt_attn_out", "llama_clt_middle_frozen", "gpt2_skip_top_z")
 MIXED_MOVING = ("llama_mixed", "gpt2_residual_mctc", "gpt2_own_over_frozen")
+MIXED_FAMILIES = ("neox_parallel_skip_z", "gemma2_value")
 
 
 @cache
@@ -74,7 +75,7 @@ def test_every_edge(name: str) -> None:
     np.testing.assert_allclose(graph.nodes.bias[at], bias, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING + MIXED_FAMILIES)
 def test_reference_has_the_model_s_logits(name: str) -> None:
     """The reference's own forward pass is the Hugging Face model's."""
     ids = torch.tensor([CASES[name].token_ids])
@@ -174,7 +175,7 @@ def assert_same_edges(found: dict[Key, float], expected: dict[Key, float]) -> No
         assert found.get(key, 0.0) == pytest.approx(weight, abs=1e-4 * largest)
 
 
-@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING + MIXED_FAMILIES)
 def test_token_at_a_position_and_difference_of_tokens(name: str) -> None:
     """A named token at an inner position; a difference of two tokens is the difference of their rows."""
     reference = reference_of(name)
@@ -192,7 +193,7 @@ def test_token_at_a_position_and_difference_of_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("site", ["resid_final", "resid_pre.2", "resid_mid.0", "resid_mid.2", "resid_post.1"])
-@pytest.mark.parametrize("name", MIXED + MIXED_MOVING)
+@pytest.mark.parametrize("name", MIXED + MIXED_MOVING + MIXED_FAMILIES)
 def test_direction_at_a_site(name: str, site: str) -> None:
     """Any direction at any stream site sees exactly what is written below it, with a closed ledger."""
     vector = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3))
@@ -296,7 +297,7 @@ def test_blocks_of_any_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox"])
 def test_weights_in_half_precision(family: str, dtype: torch.dtype) -> None:
     """Whatever the weights are stored in, the trace is the float32 one of those same rounded weights."""
     moved = ("mtc-rank2.1",) if dtype == torch.bfloat16 else ("lorsa-rotary.1",)

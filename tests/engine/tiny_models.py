@@ -171,7 +171,7 @@ MOVING_FAMILIES = {
     "qwen3_mtc": Case("qwen3", moved=("mtc.0", "mtc-rank2.2"), special=False, seed=71),
     "neox_parallel_mtc": Case("neox", moved=everywhere("mtc"), seed=72),
     "neox_parallel_value": Case("neox", mlp="skip", moved=("value.0", "value.2"), special=False, seed=73),
-    "neox_parallel_residual": Case("neox", mlp="skip", moved=("residual.1", "lorsa-rotary.2"), seed=74),
+    "neox_parallel_residual": Case("neox", mlp="skip", moved=("residual.0", "lorsa-rotary.2"), seed=74),
     "neox_parallel_weakly_causal": Case(
         "neox", mlp="type1", moved=everywhere("type2-mlp"), together=True, special=False, seed=75
     ),
