@@ -20,6 +20,7 @@ Letters of shapes: R rows (masks), S positions, D model width, n nodes, P positi
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -197,14 +198,13 @@ class _PartialRun:
         for layer, block in enumerate(linear.model.blocks):
             changes: dict[str, Callable[[Tensor], Tensor]] = {}
             if layer in linear.replaced_blocks:
-                changes[""] = lambda x, layer=layer: self._changed(2 * layer + 2, ("block_error", layer), x)
+                changes[""] = partial(self._changed, 2 * layer + 2, ("block_error", layer))
             else:
-                changes[family.mlp_out] = lambda x, layer=layer: self._changed(2 * layer + 2, ("mlp_error", layer), x)
+                changes[family.mlp_out] = partial(self._changed, 2 * layer + 2, ("mlp_error", layer))
             if layer in linear.replaced_attention:
-                error = "attention_error", layer
-                changes[family.attention_out] = lambda x, error=error: self._changed(2 * error[1] + 1, error, x)
+                changes[family.attention_out] = partial(self._changed, 2 * layer + 1, ("attention_error", layer))
             if layer in linear.replaced_values:
-                changes[family.value] = lambda x, layer=layer: self._changed_values(layer, x)
+                changes[family.value] = partial(self._changed_values, layer)
             for path, change in changes.items():
                 module = part(block, path) if path else block
                 handles.append(module.register_forward_hook(_on_output(change)))
@@ -223,7 +223,7 @@ class _PartialRun:
 
     def _changed(self, place: int | str, error: tuple[str, int], base: Tensor) -> Tensor:
         """What takes the place of the base model's output at a depth, or of a layer's values."""
-        base = base.view(self.kept.rows, self.kept.n_positions, -1)
+        base = base.reshape(self.kept.rows, self.kept.n_positions, -1)
         if place not in self.writers:
             return base * self.kept.errors[error]
         whole, part_kept = (self._together(place, base, only_kept=only) for only in (False, True))
@@ -278,7 +278,8 @@ class _PartialRun:
                 assert pattern is not None
                 sent = self.kept.take(whole.sending, index, n, is_key=True)
                 writing = _moved(dictionary, sent, pattern)
-            self.encoded[index] = whole, replace(whole, writing=self.kept.take(writing, index, n))
+            writing = self.kept.take(writing, index, n)
+            self.encoded[index] = _writing_something(whole, whole.writing), _writing_something(whole, writing)
         return self.encoded[index]
 
     def _input(self, dictionary: Dictionary) -> Tensor:
@@ -310,6 +311,16 @@ def _moved(dictionary: Dictionary, sent: Active, pattern: Tensor) -> Active:
     )
 
 
+def _writing_something(encoded: Encoded, writing: Active) -> Encoded:
+    """With these entries to be decoded; for none, one of activation zero, as decoders are not asked for no rows."""
+    if not len(writing):
+        none = torch.zeros(1, dtype=torch.long, device=encoded.inputs.device)
+        rows = writing.directions
+        directions = None if rows is None else rows.new_zeros(1, rows.shape[1])
+        writing = Active(none, none, none.float(), none.float(), directions)
+    return replace(encoded, writing=writing)
+
+
 def _applied(norm: NormRecord, x: Tensor) -> Tensor:
     normed = norm.apply(x, slice(None))
     return normed if norm.bias is None else normed + norm.bias
@@ -324,7 +335,7 @@ def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         value: Tensor = output[0] if isinstance(output, tuple) else output
-        changed = change(value).view_as(value).to(value.dtype)
+        changed = change(value).reshape(value.shape).to(value.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook

@@ -102,7 +102,8 @@ def _spearman(x: Floats, y: Floats, counts: Floats) -> Floats:
     weighted = counts * a
     spread = np.sqrt((weighted * a).sum(1) * (counts * b * b).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.clip((weighted * b).sum(1) / np.where(spread > 0, spread, np.nan), -1.0, 1.0)
+        found: Floats = (weighted * b).sum(1) / np.where(spread > 0, spread, np.nan)
+    return found.clip(-1.0, 1.0)
 
 
 def _slope(p: Floats, m: Floats, counts: Floats) -> Floats:

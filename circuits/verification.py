@@ -101,6 +101,7 @@ def verify(
     }
     found = faithfulness(sweep, _mask(sweep, number), target.value)
     figures |= {"sufficiency": found.sufficiency, "necessity": found.necessity}
+    figures["target"] = {name: getattr(found, name) for name in ("whole", "nothing", "kept", "without")}
     return replace(
         graph,
         nodes=replace(

@@ -61,7 +61,8 @@ def show_verification(graph: "Graph", count: int = 12) -> None:
 def _nodes(graph: "Graph", count: int) -> "Table":
     import numpy as np
 
-    from circuits.cli.console import new_table, node_name, position_name, signed
+    from circuits.cli.console import new_table, node_name, signed
+    from circuits.story import position_name
 
     table = new_table("Ablated by itself: change of the target", "node", "position", "predicted>", "measured>")
     nodes = graph.nodes

@@ -50,7 +50,7 @@ LISTED = 10  # pairs that a graph keeps
 
 @dataclass(frozen=True)
 class Looked:
-    """One step with its pairs in the order of the relative form: query part, key part, its position, part of the lead."""
+    """One step with its pairs in the order of the relative form: query and key part, position, part of the lead."""
 
     step: HeadStep
     explained: Explained
