@@ -279,7 +279,7 @@ class _PartialRun:
                 sent = self.kept.take(whole.sending, index, n, is_key=True)
                 writing = _moved(dictionary, sent, pattern)
             writing = self.kept.take(writing, index, n)
-            self.encoded[index] = _writing_something(whole, whole.writing), _writing_something(whole, writing)
+            self.encoded[index] = whole, replace(whole, writing=writing)
         return self.encoded[index]
 
     def _input(self, dictionary: Dictionary) -> Tensor:
@@ -309,16 +309,6 @@ def _moved(dictionary: Dictionary, sent: Active, pattern: Tensor) -> Active:
         torch.cat([active.pre_activations for active in arrived]),
         torch.cat(directions) if directions else None,
     )
-
-
-def _writing_something(encoded: Encoded, writing: Active) -> Encoded:
-    """With these entries to be decoded; for none, one of activation zero, as decoders are not asked for no rows."""
-    if not len(writing):
-        none = torch.zeros(1, dtype=torch.long, device=encoded.inputs.device)
-        rows = writing.directions
-        directions = None if rows is None else rows.new_zeros(1, rows.shape[1])
-        writing = Active(none, none, none.float(), none.float(), directions)
-    return replace(encoded, writing=writing)
 
 
 def _applied(norm: NormRecord, x: Tensor) -> Tensor:

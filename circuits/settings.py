@@ -16,7 +16,7 @@ class TraceSettings:
     max_feature_nodes
         Keep at most so many feature nodes, the strongest first.
     unpruned
-        Keep every node and edge; implies `left_out = 0`.
+        Keep every node and edge; implies `left_out = 0`, and no hop splits are computed.
     explain
         Explain the attention scores of the heads that carry the graph's edges (`Graph.scores` and `Graph.pairs`).
     """

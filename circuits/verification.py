@@ -46,6 +46,7 @@ class _Target:
 
     def value(self, logits: Tensor) -> Tensor:
         """(B,) of logits (B, positions, V), the positions in their order."""
+        logits = logits.cpu()
         centred = logits - logits.mean(-1, keepdim=True)
         places = torch.arange(len(self.positions))
         return (centred[:, places, self.token_ids].double() * self.shares).sum(1)

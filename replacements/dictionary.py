@@ -211,7 +211,7 @@ class Dictionary:
         decoder = self.decoders[site]
         unique, inverse = torch.unique(features.cpu(), return_inverse=True)
         rows = decoder.rows.rows(self._rows(unique).flatten(), column=decoder.column)
-        rows = rows.to(self.W_enc.device).view(len(unique), self.rank, -1)
+        rows = rows.to(self.W_enc.device).view(len(unique), self.rank, rows.shape[-1])
         return _along(rows[inverse.to(self.W_enc.device)], directions)
 
     def _rows(self, features: Tensor) -> Tensor:

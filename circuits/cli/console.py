@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from circuits.graph import Graph, head_name
+from circuits.graph import STAYS, Graph, head_name
 from circuits.graph.formats.rows import loadings
 from circuits.graph.formats.text import visible
 from circuits.story import KIND_NAMES, position_name
@@ -84,10 +84,13 @@ def feature_table(graph: Graph, limit: int) -> Table:
 
 
 def edge_table(graph: Graph, limit: int) -> Table:
-    """The edges that carry most between two tokens, with the heads that carried them."""
+    """The edges that carry most between two tokens, with the heads that carried them.
+
+    Of an edge through frozen attention these are the heads of its last hop, which bring it to the target's position.
+    """
     table = new_table("Strongest steps between tokens", "from", "to", "weight>", "heads")
     nodes, edges = graph.nodes, graph.edges
-    rows = loadings(graph)
+    rows = [own or hops for own, hops in zip(loadings(graph), loadings(graph, "last_hops"))]
     size = np.abs(edges.weight)
     total = np.bincount(edges.target, weights=size, minlength=len(nodes))
     score = size / np.maximum(total[edges.target], 1e-30)
@@ -121,7 +124,9 @@ def summary(graph: Graph) -> Text:
         text.append(f"{data['left_out_influence']:.0e}", style="bold")
     frozen = [str(layer) for layer, state in enumerate(data.get("attention", [])) if state == "frozen"]
     if frozen:
-        text.append(f"\nattention frozen in layers {', '.join(frozen)}: edges pass through it without head names")
+        text.append(
+            f"\nattention frozen in layers {', '.join(frozen)}: heads are those of an edge's last hop"
+        )
     return text
 
 
@@ -146,6 +151,8 @@ def _heads(rows: list[list[float]]) -> Text:
     text = Text()
     sums: dict[tuple[int, int], float] = {}
     for layer, head, _, _, weight in rows:
+        if head <= STAYS:
+            continue
         sums[int(layer), int(head)] = sums.get((int(layer), int(head)), 0.0) + weight
     for (layer, head), weight in sorted(sums.items(), key=lambda item: -abs(item[1]))[:2]:
         text.append(("\n" if text else "") + head_name(head, layer=layer) + " ")

@@ -7,7 +7,6 @@ import click
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
     from circuits.graph import Graph
 
@@ -53,9 +52,17 @@ def show_verification(graph: "Graph", count: int = 12) -> None:
     """Print what was measured: the nodes' tests, and the figures."""
     from circuits.cli.console import console
 
+    found = graph.metadata["verification"]
     console.print(_nodes(graph, count))
     console.print()
-    console.print(_figures(graph))
+    console.print(_figures(found))
+    console.print()
+    for name, label in (
+        ("sufficiency", "sufficiency: the graph kept alone gives back"),
+        ("necessity", "necessity: without the graph the target loses"),
+    ):
+        share = "-" if found[name] is None else f"{found[name]:.0%}"
+        console.print(f"{label} [bold]{share}[/bold]")
 
 
 def _nodes(graph: "Graph", count: int) -> "Table":
@@ -77,21 +84,16 @@ def _nodes(graph: "Graph", count: int) -> "Table":
     return table
 
 
-def _figures(graph: "Graph") -> "Table":
-    from rich.text import Text
-
+def _figures(found: dict[str, Any]) -> "Table":
     from circuits.cli.console import new_table
 
-    found = graph.metadata["verification"]
     title = f"Predicted against measured ({found['mode']}), with 95 % intervals"
-    table = new_table(title, "tested", "number>", "rank correlation>", "slope>", "median effect>")
-    for name, label in (("nodes", "the graph's nodes"), ("random", "random nodes"), ("patterns", "heads of edges")):
+    table = new_table(title, "tested", "rank correlation>", "slope>", "median change>")
+    for name, label in (("nodes", "graph's nodes"), ("random", "random nodes"), ("patterns", "heads of edges")):
         row = found[name]
         table.add_row(
-            label, str(row["tested"]), *(_interval(row, figure) for figure in ("spearman", "slope", "median_effect"))
+            f"{row['tested']} {label}", *(_interval(row, figure) for figure in ("spearman", "slope", "median_effect"))
         )
-    table.add_row(Text("the graph kept alone: ", end="") + _share(found["sufficiency"]))
-    table.add_row(Text("the graph removed: ", end="") + _share(found["necessity"]))
     return table
 
 
@@ -100,10 +102,4 @@ def _interval(row: dict[str, Any], figure: str) -> str:
     if value is None:
         return "-"
     shown = f"{value:.2f}"
-    return shown if interval is None or interval[0] is None else f"{shown} [{interval[0]:.2f}, {interval[1]:.2f}]"
-
-
-def _share(value: float | None) -> "Text":
-    from rich.text import Text
-
-    return Text("-" if value is None else f"{value:.2f}", style="bold")
+    return shown if interval is None else f"{shown} ({interval[0]:.2f} {interval[1]:.2f})"

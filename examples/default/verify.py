@@ -80,7 +80,8 @@ def _median(values: list[float]) -> list[float] | None:
 
 def merge(paths: list[Path]) -> dict[str, Any]:
     """Figures of each replacement, over all prompts and by behaviour."""
-    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+    every = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+    rows = list({(row["replacement"], row["behaviour"], row["number"]): row for row in every}.values())
     result: dict[str, Any] = {}
     for name in REPLACEMENTS:
         mine = [row for row in rows if row["replacement"] == name]
