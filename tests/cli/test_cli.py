@@ -201,3 +201,62 @@ def test_out_of_memory_is_a_message(run, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(tracing, "record", exhausted)
     assert refused(run("trace", PROMPT), "out of memory", "shorter prompt")
+
+
+def test_explain_tells_a_node_and_an_edge(run, tmp_path: Path) -> None:
+    """`trace --explain` writes pairs, also as Neuronpedia has them; `explain` tells them in words, tables and JSON."""
+    out, told = tmp_path / "out", tmp_path / "told.json"
+    assert run("trace", PROMPT, "-o", out, "--format", "json", "--explain", "--quiet")[0] == 0
+    content = json.loads((out / "graph.json").read_text())
+    assert content["metadata"]["qk"]["max_relative_gap"] < 1e-4
+    assert content["metadata"]["qk"]["scores"] == len(content["qk"]) > 50
+    traced = next(node for node in content["nodes"] if node["node_id"] == "a1_1360_14")
+    assert len(traced["qk_tracing_results"]["pair_wise_contributors"]) == 10
+    code, printed, message = run("explain", out / "graph.json", "a1_1360_14", "-o", told)
+    assert code == 0, message
+    words = " ".join(printed.split())
+    assert 'L1H0 looks from 14 " to" at 2 " Mary"' in words
+    assert "the token before" in words
+    assert "Chain from token to output" in words
+    look = json.loads(told.read_text())["looks"][0]
+    assert (look["head"], look["query"], look["key"]) == ("L1H0", 14, 2)
+    edge = next(link for link in content["links"] if link["target"] == "a1_1360_14")["source"] + "->a1_1360_14"
+    assert run("explain", out / "graph.json", edge)[0] == 0
+    assert run("explain", out / "graph.json")[0] == 0
+    assert refused(run("explain", out / "graph.json", "a1_1360_9"), "no node of this graph", "a1_")
+    assert refused(run("explain", tmp_path / "none.json"), "none.json")
+    assert refused(run("explain", out / "graph.json", "--model", MODEL), "--replacement")
+
+
+def test_verify_writes_into_the_graph(run, tmp_path: Path) -> None:
+    """`trace --verify` and `verify` print figures with intervals and keep them, with each node's test."""
+    out = tmp_path / "out"
+    code, printed, message = run("trace", PROMPT, "-o", out, "--format", "json,svg", "--verify", 8)
+    assert code == 0, message
+    assert "rank correlation" in printed
+    assert "ablat" in (out / "graph.svg").read_text()
+    graph = Graph.load(out / "graph.json")
+    assert graph.metadata["verification"]["nodes"]["tested"] == 8
+    assert int(np.isfinite(graph.nodes.measured).sum()) == 8
+    code, printed, message = run("verify", out / "graph.json", "--nodes", 12, "-o", tmp_path / "again.json")
+    assert code == 0, message
+    assert "sufficiency" in printed
+    assert Graph.load(tmp_path / "again.json").metadata["verification"]["nodes"]["tested"] == 12
+    content = json.loads((out / "graph.json").read_text())
+    content["metadata"]["model"]["hash"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    assert refused(run("verify", tmp_path / "other.json"), "trace again")
+
+
+def test_frozen_attention_shows_the_heads_of_the_last_hop(run, tmp_path: Path) -> None:
+    """A CLT alone: edges between tokens still name heads, and the file has both splits."""
+    out = tmp_path / "out"
+    code, printed, message = run("trace", PROMPT, "--replacement", "clt", "-o", out, "--format", "json")
+    assert code == 0, message
+    assert "heads are those of an edge's last hop" in " ".join(printed.split())
+    graph = Graph.load(out / "graph.json")
+    for hops in (graph.first_hops, graph.last_hops):
+        sums = np.bincount(hops.edge, weights=hops.weight.astype(np.float64), minlength=len(graph.edges))
+        split = np.isin(np.arange(len(graph.edges)), hops.edge)
+        assert split.sum() > 100
+        np.testing.assert_allclose(sums[split], graph.edges.weight[split], rtol=1e-4, atol=1e-4)
