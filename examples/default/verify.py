@@ -20,6 +20,7 @@ from corpus import Corpus
 from rich.progress import Progress
 
 import circuits
+from circuits.graph.formats.whole_file import write_whole
 from circuits.statistics import median_interval
 from circuits.verification import verify
 
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
             if (name, behaviour, number) not in done:
                 row = row_of(models[name], ids, args.nodes)
                 rows.append({"replacement": name, "behaviour": behaviour, "number": number, "tokens": len(ids)} | row)
-                args.out.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+                write_whole(args.out, (json.dumps(rows) + "\n").encode())
 
 
 def main() -> None:
