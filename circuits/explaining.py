@@ -21,7 +21,7 @@ from circuits.sweep import Sweep
 from circuits.targets import Target, TokenTarget
 from circuits.tracing import lay_out
 
-READS, WRITES, LOOKS, PAIRS = 8, 5, 3, 5
+READS, WRITES, LOOKS = 8, 5, 3
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,11 @@ class _Teller:
         graph, edges = self.graph, self.graph.edges
         incoming = np.flatnonzero(edges.target == target)
         told = incoming if source is None else incoming[edges.source[incoming] == source]
-        looks = self._looks(told)
         subject = self.ids[target] if source is None else f"{self.ids[source]} -> {self.ids[target]}"
         outgoing = np.flatnonzero(edges.source == target) if source is None else np.zeros(0, dtype=np.int64)
-        chain = self._chain(source, target)
+        chain, passed = self._chain(source, target)
+        looks = self._looks(told)
+        looks += tuple(look for look in self._looks(passed) if look not in looks)[: LOOKS - len(looks)]
         reads = tuple(self._line(edge, edges.source[edge]) for edge in self._largest(told, READS))
         return Explanation(
             subject=subject,
@@ -278,7 +279,7 @@ class _Teller:
         def meetings(form: str) -> tuple[Meeting, ...]:
             mine = pairs.take(pairs.form == form)
             rows = zip(mine.query_node.tolist(), mine.key_node.tolist(), mine.key.tolist(), mine.weight.tolist())
-            return tuple(Meeting(self.part(q, query), self.part(k, at), w) for q, k, at, w in rows)[:PAIRS]
+            return tuple(Meeting(self.part(q, query), self.part(k, at), w) for q, k, at, w in rows)
 
         features = pairs.take(pairs.form == "qk_feature")
         return Look(
@@ -292,11 +293,11 @@ class _Teller:
             loading=loadings.get((layer, head, query, key), 0.0),
             pairs=meetings("lead"),
             score_pairs=meetings("score"),
-            qk_features=tuple(zip(features.key_node.tolist(), features.weight.tolist()))[:PAIRS],
+            qk_features=tuple(zip(features.key_node.tolist(), features.weight.tolist())),
         )
 
-    def _chain(self, source: int | None, target: int) -> tuple[Link, ...]:
-        """From a token through the subject to an output: the strongest edge at every step."""
+    def _chain(self, source: int | None, target: int) -> tuple[tuple[Link, ...], np.ndarray]:
+        """From a token through the subject to an output, by the strongest edge at every step; and these edges."""
         edges, nodes = self.graph.edges, self.graph.nodes
         below, at = [], target
         chosen: int | None = None
@@ -312,12 +313,13 @@ class _Teller:
         links = [Link(self.part(self.ids[at]), 0.0, ())]
         for node, edge in reversed(below):
             links.append(Link(self.part(self.ids[node]), float(edges.weight[edge]), self._heads(edge)))
-        at = target
+        at, passed = target, [edge for _, edge in below]
         while len(outgoing := np.flatnonzero(edges.source == at)):
             edge = int(self._scored(outgoing, 1)[0])
             at = int(edges.target[edge])
+            passed.append(edge)
             links.append(Link(self.part(self.ids[at]), float(edges.weight[edge]), self._heads(edge)))
-        return tuple(links)
+        return tuple(links), np.array(passed, dtype=np.int64)
 
     def _words(self, reads: Sequence[Line], looks: Sequence[Look], source: int | None, target: int) -> list[str]:
         from circuits.story import tell_looks, tell_reads

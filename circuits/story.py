@@ -83,12 +83,11 @@ def _tell_look(graph: Graph, look: "Look") -> list[str]:
         f"{look.lead:.2f} above that of the other keys."
     ]
     for_it = [pair for pair in look.pairs if pair.weight > 0 and pair.key.position in (look.key, -1)]
+    named = next((pair for pair in for_it if _is_named(pair.query) and _is_named(pair.key)), None)
     if for_it:
-        best = for_it[0]
-        words.append(
-            f"The largest part of that ({best.weight:+.2f}) is {_side(graph, best.query, look.query)} on the query "
-            f"side meeting {_side(graph, best.key, look.key)} on the key side{_relation(graph, best, look)}."
-        )
+        words.append(f"The largest part of that is {_pair(graph, for_it[0], look)}.")
+    if named is not None and named is not for_it[0]:
+        words.append(f"Of features and tokens the largest part is {_pair(graph, named, look)}.")
     against = [pair for pair in look.pairs if pair.weight < 0]
     if against:
         worst = against[0]
@@ -108,14 +107,24 @@ def _by(heads: Sequence[tuple[str, float]]) -> str:
     return f", by {heads[0][0]}" if heads else ""
 
 
+def _is_named(part: "Part") -> bool:
+    """Whether it is a feature or a token, not an error and no constant."""
+    return part.id not in CONSTANT_NAMES and "_error_" not in part.id
+
+
+def _pair(graph: Graph, pair: "Meeting", look: "Look") -> str:
+    """A pair with its part, both sides, and what they have in common."""
+    query, key = _side(graph, pair.query, look.query), _side(graph, pair.key, look.key)
+    return f"{query} on the query side meeting {key} on the key side ({pair.weight:+.2f}){_relation(graph, pair, look)}"
+
+
 def _side(graph: Graph, part: "Part", position: int) -> str:
     """One side of a pair: what it is, and the token that it carries."""
     name = part_name(graph, part.id)
     if part.id.startswith("E_") or part.origin < 0 or part.share < MOSTLY:
         return name
-    where = {0: "the token there", -1: "the token before"}.get(part.origin - position, "")
-    where = f"{where}, " if where else ""
-    return f"{name}, which carries {where}{position_name(graph, part.origin)} ({part.share:.0%} of what it reads),"
+    where = {0: "the token there, ", -1: "the token before, "}.get(part.origin - position, "")
+    return f"{name} (which carries {where}{position_name(graph, part.origin)}, {part.share:.0%} of what it reads)"
 
 
 def _relation(graph: Graph, pair: "Meeting", look: "Look") -> str:

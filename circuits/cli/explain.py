@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from circuits.graph import Graph
 
 
+PAIRS = 5
+
+
 @click.command("explain", short_help="Say what a node reads, what an edge carries, and why heads looked there.")
 @click.argument("graph", type=click.Path(path_type=Path))
 @click.argument("what", required=False)
@@ -78,7 +81,7 @@ def show(graph: "Graph", explanation: "Explanation") -> None:
     for look in explanation.looks:
         console.print(_look_table(graph, look))
         if look.qk_features:
-            console.print(Text("  in trained QK features: ", style=QUIET) + _list(look.qk_features))
+            console.print(Text("  in trained QK features: ", style=QUIET) + _list(look.qk_features[:PAIRS]))
         console.print()
     console.print(_chain(graph, explanation))
 
@@ -109,7 +112,7 @@ def _look_table(graph: "Graph", look: "Look") -> "Table":
         f"attention {look.attention:.3f}, score {look.score:.2f}, {look.lead:+.2f} above the other keys"
     )
     table = new_table(title, "query side", "key side", "at key", "part>")
-    for pair in look.pairs:
+    for pair in look.pairs[:PAIRS]:
         at = "" if pair.key.position in (look.key, -1) else position_name(graph, pair.key.position)
         table.add_row(
             _side(graph, pair, look.query, "query"), _side(graph, pair, look.key, "key"), at, signed(pair.weight)
