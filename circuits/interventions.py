@@ -25,9 +25,8 @@ from circuits.intervening import Held, RealRun
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
 from circuits.model import BaseModel
-from circuits.nodes import build_nodes
 from circuits.prompt import Prompt, prepare, token_texts
-from circuits.recording import record
+from circuits.tracing import lay_out
 
 Mode = Literal["real", "frozen"]
 
@@ -129,10 +128,8 @@ class Bench:
     def __init__(self, model: Model, prompt: str | Sequence[int] | Prompt) -> None:
         self.model = model
         self.prepared = prompt if isinstance(prompt, Prompt) else prepare(model.base, prompt)
-        with torch.no_grad():
-            self.recording = record(model.base, torch.tensor(self.prepared.token_ids, device=model.base.device))
-            self.linear = LinearizedModel(model.base, model.replacements, self.recording)
-            self.table = build_nodes(self.linear, first_is_special=self.prepared.first_is_special)
+        laid_out = lay_out(model, self.prepared, [])
+        self.linear, self.table, self.recording = laid_out.linear, laid_out.table, laid_out.linear.recording
         self.planner = Planner(self.linear, self.table, first_is_special=self.prepared.first_is_special)
 
     @torch.no_grad()

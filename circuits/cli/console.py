@@ -124,9 +124,7 @@ def summary(graph: Graph) -> Text:
         text.append(f"{data['left_out_influence']:.0e}", style="bold")
     frozen = [str(layer) for layer, state in enumerate(data.get("attention", [])) if state == "frozen"]
     if frozen:
-        text.append(
-            f"\nattention frozen in layers {', '.join(frozen)}: heads are those of an edge's last hop"
-        )
+        text.append(f"\nattention frozen in layers {', '.join(frozen)}: heads are those of an edge's last hop")
     return text
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from circuits.cli.options import graph_model_options
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -20,9 +22,7 @@ PAIRS = 5
 @click.command("explain", short_help="Say what a node reads, what an edge carries, and why heads looked there.")
 @click.argument("graph", type=click.Path(path_type=Path))
 @click.argument("what", required=False)
-@click.option("--model", help="Folder or hub id of the graph's model. Default: the embedded model.")
-@click.option("--replacement", "replacements", multiple=True, help="The graph's replacements, each once.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@graph_model_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the explanation as JSON too.")
 def command(
     graph: Path, what: str | None, model: str | None, replacements: tuple[str, ...], device: str, output: Path | None

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from circuits.cli.options import model_options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,13 +36,7 @@ def _many(name: str, parameter: str, metavar: str, text: str) -> Callable[[FC], 
 @click.argument("prompt", required=False)
 @click.option("--token-ids", help="The prompt as token ids, such as 0,17,4; taken as given.")
 @click.option("--graph", type=click.Path(path_type=Path), help="Take the prompt and the model from a saved graph.")
-@click.option("--model", help="Folder or hub id of a causal LM. Default: the embedded model.")
-@click.option(
-    "--replacement",
-    "replacements",
-    multiple=True,
-    help="Directory, or of the embedded model: attention-sae, mtc, weakly-causal, clt; may be repeated.",
-)
+@model_options
 @_many("ablate", "ablate", "NODE", "Take a node away.")
 @_many("set", "set_", "NODE=VALUE", "Give a feature this activation.")
 @_many("scale", "scale", "NODE=FACTOR", "Multiply an activation.")
@@ -64,8 +60,6 @@ def _many(name: str, parameter: str, metavar: str, text: str) -> Callable[[FC], 
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most probable token.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write what was found as JSON too.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--dtype", help="float32, bfloat16 or float16 for the weights. Default: as stored.")
 def command(**options: Any) -> None:
     """Run PROMPT with some nodes or attention patterns changed, all together, and without.
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from circuits.cli.options import model_options
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -35,16 +37,8 @@ TITLES = {
 @click.option("--offset", type=int, default=0, show_default=True,
               help="Places from the key to the query, for QK circuits with rotary positions.")  # fmt: skip
 @click.option("--tokens/--no-tokens", default=True, show_default=True, help="List tokens beside features.")
-@click.option("--model", help="Folder or hub id of a causal LM. Default: the embedded model.")
-@click.option(
-    "--replacement",
-    "replacements",
-    multiple=True,
-    help="Directory, or of the embedded model: attention-sae, mtc, weakly-causal, clt; may be repeated.",
-)
+@model_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the lists to this JSON file.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--dtype", help="float32, bfloat16 or float16 for the weights. Default: as stored.")
 def command(feature: str, **options: Any) -> None:
     """List the strongest virtual weights of FEATURE: an address without position, such as 2_153, a2_153, k1_5, v0_3.
 

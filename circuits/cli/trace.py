@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from circuits.cli.options import model_options
 from circuits.settings import TraceSettings
 
 if TYPE_CHECKING:
@@ -31,13 +32,7 @@ class _Wanted:
 
 @click.command("trace", short_help="Trace a prompt to a pruned attribution graph.")
 @click.argument("prompt", required=False)
-@click.option("--model", help="Folder or hub id of a causal LM. Default: the embedded model.")
-@click.option(
-    "--replacement",
-    "replacements",
-    multiple=True,
-    help="Directory, or of the embedded model: attention-sae, mtc, weakly-causal, clt; may be repeated.",
-)
+@model_options
 @click.option("--token-ids", help="The prompt as token ids, such as 0,17,4; taken as given.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a text file.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the tokenizer's chat template.")
@@ -58,8 +53,6 @@ class _Wanted:
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
 )
 @click.option("--format", "formats", default="json,svg", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--dtype", help="float32, bfloat16 or float16 for the weights. Default: as stored.")
 @click.option("--quiet", is_flag=True, help="No tables.")
 def command(**options: Any) -> None:
     """Trace PROMPT to an attribution graph in which every step between two tokens is visible.

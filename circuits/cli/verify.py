@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from circuits.cli.options import graph_model_options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,9 +19,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random nodes and intervals.")
 @click.option("--mode", type=click.Choice(["real", "frozen"]), default="real", show_default=True,
               help="real: everything is recomputed; frozen: direct effects.")  # fmt: skip
-@click.option("--model", help="Folder or hub id of the graph's model. Default: the embedded model.")
-@click.option("--replacement", "replacements", multiple=True, help="The graph's replacements, each once.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@graph_model_options
 @click.option("--list", "listed", type=int, default=12, show_default=True, help="How many nodes to list.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the graph here. Default: where it was.")
 def command(graph: Path, **options: Any) -> None:
