@@ -134,6 +134,8 @@ def with_heads(graph: Graph, sweep: Sweep) -> Graph:
 
 def with_hops(graph: Graph, sweep: Sweep) -> Graph:
     """The graph with the hop splits of its edges through frozen attention, and the patterns of their heads."""
+    if not sweep.linear.frozen_attention:
+        return graph
     number = table_numbers(graph, sweep)
     first, last = hop_splits(sweep, number[graph.edges.source], number[graph.edges.target])
     return _with_patterns(replace(graph, first_hops=_heads(first), last_hops=_heads(last)), sweep, first, last)
