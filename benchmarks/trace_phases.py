@@ -2,8 +2,8 @@
 
 python benchmarks/trace_phases.py [--tokens 20] [--repeat 5] [--replacement clt]
 
-Prints milliseconds of each phase in one run, the ratio of sweeping to importing and loading, and those of hop splits and
-of explaining the graph's scores to the whole trace.
+Prints milliseconds of each phase in one run, the ratio of sweeping to importing and loading, and those of hop splits
+and of explaining the graph's scores to the whole trace.
 """
 
 import argparse

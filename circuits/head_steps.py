@@ -7,7 +7,6 @@ and last hop of an edge are explained.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -34,6 +33,8 @@ from circuits.sweep import Progress, Sweep
 
 COVERED, MOST = 0.8, 3
 TOP = 10
+# A part that is not told, and how it is written.
+NOTHING, NO_NAME = -1 - len(NAMED_CONSTANTS), ""
 
 
 def with_scores(
@@ -77,39 +78,59 @@ def edge_steps(graph: Graph, sweep: Sweep, edges: np.ndarray | None = None) -> l
         chosen[edges] = True
     found = []
     for heads, most in ((graph.heads, MOST), (graph.first_hops, 1), (graph.last_hops, 1)):
-        rows = strongest_heads(heads.take(chosen[heads.edge]), most)
+        rows = strongest_heads(heads if edges is None else heads.take(chosen[heads.edge]), most)
         owners = np.full(len(rows), -1)
         if (own := rows.head == OWN_HEAD).any():
             owners[own] = table_numbers(graph, sweep)[graph.edges.target[rows.edge[own]]]
-        columns = (rows.layer, rows.head, rows.query, rows.key, owners)
-        found.append(list(zip(*(column.tolist() for column in columns), strict=True)))
-    return [HeadStep(*step) for step in sorted(set(chain.from_iterable(found)))]
+        found.append(np.stack([rows.layer, rows.head, rows.query, rows.key, owners]).astype(np.int64))
+    columns = np.concatenate(found, axis=1)
+    if not columns.shape[1]:
+        return []
+    lowest = columns.min(axis=1, keepdims=True)
+    shape = tuple(np.ptp(columns, axis=1) + 1)
+    codes = np.sort(np.ravel_multi_index(tuple(columns - lowest), shape))
+    steps = np.stack(np.unravel_index(codes[np.diff(codes, prepend=-1) > 0], shape)) + lowest
+    return [HeadStep(*step) for step in steps.T.tolist()]
 
 
 def strongest_heads(heads: Heads, most: int = MOST) -> Heads:
     """Of each edge the heads with the largest loadings: until they carry `COVERED` of it, at most `most`."""
-    heads = heads.take(~np.isin(heads.head, (IDENTITY_HEAD, STAYS)) & (heads.layer >= 0))
-    size = np.abs(heads.weight).astype(np.float64)
-    order = np.lexsort((-size, heads.edge))
-    edge, size = heads.edge[order], size[order]
-    first = np.searchsorted(edge, edge)
-    before = np.cumsum(size) - size
-    within = before - before[first] if len(size) else before
-    total = np.bincount(edge, weights=size)[edge] if len(size) else size
-    kept = (np.arange(len(edge)) - first < most) & (within < COVERED * total)
-    return heads.take(np.sort(order[kept]))
+    of_head = (heads.head != IDENTITY_HEAD) & (heads.head != STAYS) & (heads.layer >= 0)
+    rows = np.flatnonzero(of_head)
+    if (heads.edge[1:] < heads.edge[:-1]).any():
+        rows = rows[np.argsort(heads.edge[rows], kind="stable")]
+    if not len(rows):
+        return heads.take(rows)
+    edge, size = heads.edge[rows], np.abs(heads.weight[rows]).astype(np.float64)
+    begins = np.flatnonzero(np.diff(edge, prepend=edge[0] - 1))
+    counts = np.diff(begins, append=len(edge))
+    left = COVERED * np.add.reduceat(size, begins)
+    kept = []
+    for _ in range(min(most, int(counts.max()))):
+        largest = np.maximum.reduceat(size, begins)
+        at = np.flatnonzero(size == np.repeat(np.where((left > 0) & (largest >= 0), largest, np.nan), counts))
+        at = at[np.diff(edge[at], prepend=-1) != 0]
+        kept.append(rows[at])
+        left -= largest
+        size[at] = -1.0
+    return heads.take(np.sort(np.concatenate(kept)))
 
 
 def part_names(table: NodeTable, sources: np.ndarray) -> np.ndarray:
-    """Names of parts, of whatever shape: node ids, and those of constants."""
-    different, place = np.unique(sources, return_inverse=True)
+    """Names of parts, of whatever shape: node ids, and those of constants; nothing for `NOTHING`."""
+    there = np.zeros(len(table) - NOTHING, dtype=bool)
+    there[sources - NOTHING] = True
+    different = np.flatnonzero(there) + NOTHING
     nodes = different[different >= 0]
     columns = (table.kind, table.layer, table.feature, table.position)
-    names = [NAMED_CONSTANTS[-1 - constant] for constant in different[different < 0].tolist()]
+    names = [
+        NO_NAME if constant == NOTHING else NAMED_CONSTANTS[-1 - constant] for constant in different[different < 0]
+    ]
     for kind, layer, feature, position in zip(*(column[nodes].tolist() for column in columns), strict=True):
         site = ID_PREFIXES[kind] + ("" if kind == "embedding" else str(layer))
         names.append(f"{site}_{'error' if feature < 0 else feature}_{position}")
-    return np.array(names, dtype=np.str_)[place].reshape(sources.shape)
+    told: np.ndarray = np.array(names, dtype=np.str_)[there.cumsum()[sources - NOTHING] - 1]
+    return told
 
 
 class _Collected:
@@ -126,7 +147,7 @@ class _Collected:
     def add(self, explained: Explained, qk: Sequence[QKDictionary], sweep: Sweep) -> None:
         """One block's scores, their strongest pairs and sides, and their parts in trained QK features."""
         steps = np.array([(s.layer, s.head, s.query, s.key, s.owner) for s in explained.steps]).T
-        owner = np.where(steps[4] < 0, "", part_names(self.table, np.maximum(steps[4], 0)))
+        owner = part_names(self.table, np.where(steps[4] < 0, NOTHING, steps[4]))
         figures = (explained.scores, explained.attention, explained.relative, explained.lead, explained.gaps)
         self.scores.append((*steps[:4], owner, *(figure.cpu().numpy() for figure in figures)))
         pairs, leads = explained.strongest_pairs(self.top)
@@ -172,19 +193,20 @@ class _Collected:
         pairs = [np.concatenate(column) for column in zip(*self.pairs, strict=True)]
         order = np.lexsort((np.minimum(pairs[1], len(PAIR_FORMS) - 1), pairs[0]))
         number, form, query, key, place, weight = (column[order] for column in pairs)
-        sides = [self._names(form, side, other) for side, other in ((query, "key"), (key, "query"))]
+        queries, keys = self._names(form, query, "key"), self._names(form, key, "query")
         forms = np.array([*PAIR_FORMS, *(["qk_feature"] * len(self.dictionaries))])[form]
-        return Scores(*scores), Pairs(number, forms, *sides, place, weight)
+        return Scores(*scores), Pairs(number, forms, queries, keys, place, weight)
 
     def _names(self, form: np.ndarray, parts: np.ndarray, other: str) -> np.ndarray:
         """Names of one side; nothing where only the other side is told."""
         of_qk = form >= len(PAIR_FORMS)
-        names = part_names(self.table, np.where(of_qk, 0, parts)).astype(object)
-        names[form == PAIR_FORMS.index(other)] = ""
-        if of_qk.any():
-            owners = np.array(self.dictionaries, dtype=object)[form[of_qk] - len(PAIR_FORMS)]
-            names[of_qk] = owners + "/" + parts[of_qk].astype(np.str_).astype(object)
-        return names.astype(np.str_)
+        names = part_names(self.table, np.where(of_qk | (form == PAIR_FORMS.index(other)), NOTHING, parts))
+        if not of_qk.any():
+            return names
+        owners = np.array(self.dictionaries, dtype=object)[form[of_qk] - len(PAIR_FORMS)]
+        told = names.astype(object)
+        told[of_qk] = owners + "/" + parts[of_qk].astype(np.str_).astype(object)
+        return told.astype(np.str_)
 
 
 def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

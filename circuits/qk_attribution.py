@@ -26,7 +26,10 @@ from circuits.nodes import NodeTable
 from circuits.score_circuits import OwnScoreCircuit, ScoreCircuit, Side, SideReader
 from circuits.sweep import Sweep
 
-PAIR_BUDGET = 2**24
+PAIR_BUDGET = 2**22
+KEY_BUDGET = 2**24
+# So many parts of the keys are multiplied out before bounds tell whether more of them can matter.
+FIRST_LOOK = 32
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +76,8 @@ class QueryBlock:
     def __init__(self, circuits: Sequence[ScoreCircuit], position: int, query: Side, keys: "_Keys") -> None:
         self.circuits, self.position, self.query = circuits, position, query
         end = position + 1
-        self.key_sources, self.key_of, self.keys = keys.up_to(position, [circuit.keys_of for circuit in circuits])
+        self._all_keys, self._names = keys, [circuit.keys_of for circuit in circuits]
+        self.key_sources, self.key_of, self.keys = keys.up_to(position, self._names)
         self.scores = torch.stack([circuit.scores[position, :end] for circuit in circuits]).double()
         self.secant = torch.stack([circuit.secant[position, :end] for circuit in circuits])
         allowed = torch.stack([circuit.allowed(position) for circuit in circuits])
@@ -85,11 +89,21 @@ class QueryBlock:
         keys = self.keys[circuit, columns] * self.secant[circuit, self.key_of[columns]].unsqueeze(1)
         return self.query.vectors[circuit] @ keys.T
 
+    def met(self, keys: Tensor, circuit: Tensor) -> Tensor:
+        """Products (T, X, n) of keys (T, X, E) with the parts of the queries of circuits (T,), which ascend."""
+        width, n = keys.shape[1], self.query.vectors.shape[1]
+        products, start = keys.new_empty(len(keys) * width, n), 0
+        # One matrix product for each circuit: many small ones, one for each of T, take longer.
+        for queries, count in zip(self.query.vectors, torch.bincount(circuit).tolist(), strict=False):
+            rows = slice(start * width, (start + count) * width)
+            torch.mm(keys[start : start + count].flatten(0, 1), queries.T, out=products[rows])
+            start += count
+        return products.view(len(keys), width, n)
+
     @cached_property
     def key_totals(self) -> Tensor:
         """(C, position + 1, E) the keys, float64, put together from their parts."""
-        shape = (len(self.circuits), self.position + 1, self.keys.shape[-1])
-        return self.keys.new_zeros(shape, dtype=torch.float64).index_add_(1, self.key_of, self.keys.double())
+        return self._all_keys.totals[self._all_keys.numbers(self._names), : self.position + 1]
 
     @cached_property
     def query_totals(self) -> Tensor:
@@ -102,10 +116,19 @@ class QueryBlock:
         return torch.einsum("ce,cke->ck", self.query_totals, self.key_totals) * self.secant
 
     @cached_property
-    def largest(self) -> Tensor:
-        """(C, m) the largest product of each part of the keys with a part of the query, before the secant."""
-        low, high = torch.aminmax(self.keys @ self.query.vectors.transpose(1, 2), dim=2)
-        return torch.maximum(high, -low)
+    def bounds(self) -> Tensor:
+        """(C, m) at least the largest product of each part k of the keys with a part of the query, before the secant.
+
+        `|q_i . k| <= min(max_i |q_i| |k|, sqrt(sum_i (q_i . k)^2))`; the latter from the (E, E) Gram matrix, with room
+        for what float32 loses there.
+        """
+        queries = self.query.vectors
+        gram = queries.transpose(1, 2) @ queries
+        size = self._all_keys.sizes[self._all_keys.numbers(self._names), : len(self.key_of)]
+        room = 1e-6 * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+        together = ((self.keys @ gram) * self.keys).sum(2).clamp_(min=0) + room * size
+        alone = size * queries.square().sum(2).amax(1, keepdim=True)
+        return torch.minimum(together, alone * (1 + 1e-5)).sqrt_()
 
 
 @dataclass(frozen=True)
@@ -166,7 +189,7 @@ class Explained:
 
     @cached_property
     def own_columns(self) -> tuple[Tensor, Tensor]:
-        """(T, parts of the longest key) the parts that stand at each score's key, and one where there is one, else 0."""
+        """(T, parts of the longest key) the parts that stand at each score's key, and 1 where there is one."""
         starts = torch.searchsorted(self.block.key_of, torch.arange(self.block.position + 2, device=self.key.device))
         width = int(starts.diff()[self.key].max())
         columns = starts[self.key].unsqueeze(1) + torch.arange(width, device=self.key.device)
@@ -201,10 +224,42 @@ class Explained:
         columns, there = self.own_columns
         own = there * block.secant[circuit, self.key].unsqueeze(1)
         shares = (self.lead_shares.float() * block.secant[circuit])[:, block.key_of]
-        best = (block.largest[circuit.unsqueeze(1), columns] * own.abs()).topk(min(top, own.shape[1]), dim=1).indices
-        scores = _strongest(block, circuit, columns.gather(1, best), own.gather(1, best), top)
-        best = (block.largest[circuit] * shares.abs()).topk(min(top, shares.shape[1]), dim=1).indices
-        return scores, _strongest(block, circuit, best, shares.gather(1, best), top)
+        return self._strongest(columns, own, top), self._strongest(None, shares, top)
+
+    def _strongest(self, columns: Tensor | None, factors: Tensor, top: int) -> Strongest:
+        """The largest pairs with some parts of the keys, `columns` (T, X) or all, times factors (T, X) of these.
+
+        Exact: parts of the keys are multiplied out from the largest bound of their pairs down, until the bound of the
+        next is below the pairs that were found.
+        """
+        block, circuit, n = self.block, self.circuit, self.block.query.vectors.shape[1]
+        whole = block.bounds[circuit] if columns is None else block.bounds[circuit.unsqueeze(1), columns]
+        bounds = whole * factors.abs()
+        weight, place, column = (
+            bounds.new_zeros(len(factors), top, dtype=kind) for kind in (bounds.dtype, torch.long, torch.long)
+        )
+        rows, width = torch.argsort(circuit, stable=True), FIRST_LOOK
+        while len(rows):
+            width = min(width, factors.shape[1])
+            bound, best = bounds[rows].topk(min(width + 1, factors.shape[1]), dim=1)
+            left = []
+            for some in torch.split(torch.arange(len(rows), device=rows.device), max(1, PAIR_BUDGET // (width * n))):
+                row, at = rows[some], best[some, :width]
+                where = at if columns is None else columns[row].gather(1, at)
+                keys = block.keys[circuit[row].unsqueeze(1), where] * factors[row].gather(1, at).unsqueeze(-1)
+                pairs = block.met(keys, circuit[row])
+                # The largest pairs lie in as many parts of the keys: those whose own largest pair is largest.
+                low, high = torch.aminmax(pairs, dim=2)
+                peaks = torch.maximum(high, -low).topk(min(top, width), dim=1).indices
+                flat = pairs.gather(1, peaks.unsqueeze(2).expand(-1, -1, n)).flatten(1)
+                found = flat.abs().topk(min(top, flat.shape[1]), dim=1)
+                got = found.indices.shape[1]
+                weight[row, :got], place[row, :got] = flat.gather(1, found.indices), found.indices % n
+                column[row, :got] = where.gather(1, peaks.gather(1, found.indices // n))
+                if width < factors.shape[1]:
+                    left.append(row if got < top else row[bound[some, width] > found.values[:, -1]])
+            rows, width = torch.cat(left) if left else rows[:0], 4 * width
+        return Strongest(block.query.sources[place], block.key_sources[column], block.key_of[column], weight)
 
     def strongest_sides(self, top: int) -> tuple[Strongest, Strongest]:
         """The parts of the query, and of the key, with the largest sums over the other side."""
@@ -218,22 +273,6 @@ class Explained:
             names, place = sources.gather(1, at), self.key.unsqueeze(1).expand_as(at)
             found.append(Strongest(names, names, place, sums.gather(1, at)))
         return found[0], found[1]
-
-
-def _strongest(block: QueryBlock, circuit: Tensor, columns: Tensor, factors: Tensor, top: int) -> Strongest:
-    """The largest pairs with some parts of the keys, times factors (T, columns) of these.
-
-    The `top` largest pairs of all lie in the `top` parts of the keys whose own largest pair is largest, so only those
-    need be given.
-    """
-    keys = block.keys[circuit.unsqueeze(1), columns] * factors.unsqueeze(-1)
-    flat = (keys @ block.query.vectors[circuit].transpose(1, 2)).flatten(1)
-    places = flat.abs().topk(min(top, flat.shape[1]), dim=1).indices
-    n = block.query.vectors.shape[1]
-    chosen = columns.gather(1, places // n)
-    return Strongest(
-        block.query.sources[places % n], block.key_sources[chosen], block.key_of[chosen], flat.gather(1, places)
-    )
 
 
 class QKAttribution:
@@ -252,7 +291,7 @@ class QKAttribution:
     def explain(self, steps: Iterable[HeadStep]) -> Iterable[Explained]:
         """The steps, by layer and query position; the parts of keys are read once a layer."""
         layers: dict[int, list[HeadStep]] = defaultdict(list)
-        for step in sorted(set(steps)):
+        for step in sorted(set(steps), key=lambda s: (s.layer, s.head, s.query, s.key, s.owner)):
             layers[step.layer].append(step)
         for layer, group in layers.items():
             yield from self._layer(layer, group)
@@ -267,6 +306,7 @@ class QKAttribution:
     def _alike(self, layer: int, steps: Sequence[HeadStep]) -> Iterable[Explained]:
         """Steps of one layer by heads of the base model, or by patterns of one dictionary."""
         names = sorted({(step.head, step.owner) for step in steps})
+        number = {name: i for i, name in enumerate(names)}
         weights = self.linear.model.score_weights(layer)
         circuits = [
             OwnScoreCircuit(self.linear, int(self.table.dictionary[owner]), int(self.table.feature[owner]))
@@ -277,20 +317,21 @@ class QKAttribution:
         places: dict[int, list[HeadStep]] = defaultdict(list)
         for step in steps:
             places[step.query].append(step)
-        asked = {p: sorted({names.index((s.head, s.owner)) for s in group}) for p, group in places.items()}
+        asked = {p: sorted({number[s.head, s.owner] for s in group}) for p, group in places.items()}
         queries = self._reader.read(circuits, "query", asked)
         keys = _Keys(self._reader, circuits, max(places))
         for position, group in sorted(places.items()):
             numbers = asked[position]
-            n_parts = queries[position].sources.shape[0] * keys.count(position)
-            for start in range(0, len(numbers), size := max(1, PAIR_BUDGET // max(1, n_parts))):
+            n_numbers = keys.count(position) * queries[position].vectors.shape[2]
+            for start in range(0, len(numbers), size := max(1, KEY_BUDGET // max(1, n_numbers))):
                 chosen = numbers[start : start + size]
                 side = queries[position]
                 part = Side(side.sources, side.vectors[start : start + size])
-                block = QueryBlock([circuits[number] for number in chosen], position, part, keys)
-                mine = [step for step in group if names.index((step.head, step.owner)) in chosen]
+                block = QueryBlock([circuits[which] for which in chosen], position, part, keys)
+                at = {which: i for i, which in enumerate(chosen)}
+                mine = [step for step in group if number[step.head, step.owner] in at]
                 device = part.vectors.device
-                of = torch.tensor([chosen.index(names.index((s.head, s.owner))) for s in mine], device=device)
+                of = torch.tensor([at[number[s.head, s.owner]] for s in mine], device=device)
                 yield Explained(tuple(mine), block, of, torch.tensor([step.key for step in mine], device=device))
 
 
@@ -317,5 +358,22 @@ class _Keys:
     def up_to(self, position: int, names: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Sources (m,), positions (m,) and vectors (C, m, E) of the keys up to a position."""
         end = self.count(position)
-        number = torch.tensor([self._number[name] for name in names], device=self._sources.device)
-        return self._sources[:end], self._key_of[:end], self._vectors[number, :end]
+        return self._sources[:end], self._key_of[:end], self._vectors[self.numbers(names), :end]
+
+    def numbers(self, names: Sequence[int]) -> Tensor | slice:
+        """Where the keys of these names stand."""
+        found = [self._number[name] for name in names]
+        if found == list(range(found[0], found[0] + len(found))):
+            return slice(found[0], found[0] + len(found))
+        return torch.tensor(found, device=self._sources.device)
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """(keys, last + 1, E) float64, put together from their parts."""
+        shape = (len(self._vectors), len(self._starts) - 1, self._vectors.shape[2])
+        return self._vectors.new_zeros(shape, dtype=torch.float64).index_add_(1, self._key_of, self._vectors.double())
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(keys, m) the squared length of each part."""
+        return self._vectors.square().sum(2)

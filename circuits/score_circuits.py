@@ -10,7 +10,7 @@ or `W_K`. What is no node has a name: biases, position embeddings, and what a sp
 Shapes: C circuits, E head width, D model width, S positions, n parts of a query or key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +19,15 @@ from torch import Tensor
 from circuits.graph import NAMED_CONSTANTS, OWN_HEAD
 from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
+from circuits.pushed_parts import PushedParts
 from circuits.replacements.movement import OwnAttention, rotate
 from circuits.rows import RowBlock, Rows, Targets
 from circuits.score_weights import ScoreWeights
 
 BIAS, POSITION, FIRST = (-1 - i for i in range(len(NAMED_CONSTANTS)))
+
+# So many numbers of pushed streams are held at once; above it covectors are pulled instead.
+PUSH_BUDGET = 2**28
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,38 @@ class SideReader:
     def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
         self.linear, self.table = linear, table
         parts = constant_parts(linear, table)
-        self._nodes = Rows(linear, replace(table, **parts[BIAS]))
+        self._constants = parts
+        self._pushed: PushedParts | None = None
+        self._nodes = Rows(linear, _with_constants(table, parts[BIAS]))
         nothing = {layer: write.take(slice(0, 0)) for layer, write in table.value_writes.items()}
         empty = replace(table, writes={}, value_writes=nothing, starts=[0] * len(table.starts))
-        self._named = {name: Rows(linear, replace(empty, **parts[name])) for name in (POSITION, FIRST) if name in parts}
+        self._named = {
+            name: Rows(linear, _with_constants(empty, parts[name])) for name in (POSITION, FIRST) if name in parts
+        }
 
-    def read(self, circuits: Sequence[ScoreCircuit], side: str, positions: dict[int, Sequence[int]]) -> dict[int, Side]:
+    def read(
+        self, circuits: Sequence[ScoreCircuit], side: str, positions: Mapping[int, Sequence[int]]
+    ) -> dict[int, Side]:
         """Queries (`side` "query") or keys ("key") of circuits of one layer.
 
         positions
             Position -> which of the circuits are asked for there.
         """
         projections: list[Projection] = [getattr(circuit, side) for circuit in circuits]
-        if not self.linear.passed(2 * circuits[0].layer + 1):
-            return self._read_local(circuits[0], projections, positions)
+        depth = 2 * circuits[0].layer + 1
+        if not self.linear.passed(depth):
+            return self._finish(circuits[0], projections, positions, self._local(depth, sorted(positions)))
+        if PushedParts.size(self.linear, self.table) <= PUSH_BUDGET:
+            return self._finish(circuits[0], projections, positions, self._risen(depth, sorted(positions)))
+        return self._pulled(circuits, projections, positions)
+
+    def _pulled(
+        self,
+        circuits: Sequence[ScoreCircuit],
+        projections: Sequence[Projection],
+        positions: Mapping[int, Sequence[int]],
+    ) -> dict[int, Side]:
+        """The rows of the projections pulled down through what is live: slow, but needs no room for all streams."""
         items = [(number, p) for p in sorted(positions) for number in positions[p]]
         targets = self._targets(circuits[0], projections, items)
         blocks = list(self._nodes.blocks(targets))
@@ -156,27 +178,44 @@ class SideReader:
             start = rows_of.stop
         return found
 
-    def _read_local(
-        self, circuit: ScoreCircuit, projections: Sequence[Projection], positions: dict[int, Sequence[int]]
-    ) -> dict[int, Side]:
-        """The same where nothing passes below the layer: only writers at the position itself, all in one product."""
-        depth = 2 * circuit.layer + 1
-        wanted = sorted(positions)
-        stretches = {BIAS: self._nodes, **self._named}
-        written = [rows.stretch(self.linear.floor(depth), depth) for rows in stretches.values()]
-        starts, norm = written[0].starts, self.linear.recording.attention_norms[circuit.layer]
-        device = norm.gain.device
-        names = torch.tensor(list(stretches), device=device)
-        pieces, places, sources, sizes = [], [], [], []
+    def _local(self, depth: int, wanted: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Nodes (m,) at each wanted position, and what they and the named constants add to the stream (m + names, D),
+        where nothing passes below the depth: only writers at the position itself."""
+        written = [rows.stretch(self.linear.floor(depth), depth) for rows in (self._nodes, *self._named.values())]
+        starts = written[0].starts
+        found = []
         for position in wanted:
             rows = slice(starts[position], starts[position + 1])
-            pieces += [written[0].vectors[rows], *(part.constant[position : position + 1] for part in written)]
-            sources.append(torch.cat([written[0].nodes[rows], names]))
-            sizes.append(len(sources[-1]))
-            places.append(torch.full((sizes[-1],), position, device=device))
-        place = torch.cat(places)
+            vectors = [written[0].vectors[rows], *(part.constant[position : position + 1] for part in written)]
+            found.append((written[0].nodes[rows], torch.cat(vectors)))
+        return found
+
+    def _risen(self, depth: int, wanted: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The same where sublayers pass on what is written below: all nodes at or before the position."""
+        if self._pushed is None or self._pushed.depth > depth:
+            self._pushed = PushedParts(self.linear, self.table, list(self._constants.values()))
+        found = []
+        for position in wanted:
+            nodes, vectors = self._pushed.parts(depth, position)
+            found.append((nodes, torch.cat([vectors, self._pushed.constants[:, position]])))
+        return found
+
+    def _finish(
+        self,
+        circuit: ScoreCircuit,
+        projections: Sequence[Projection],
+        positions: Mapping[int, Sequence[int]],
+        found: Sequence[tuple[Tensor, Tensor]],
+    ) -> dict[int, Side]:
+        """Queries or keys of the parts of the stream found at each position, in ascending order, in one product."""
+        norm, wanted = self.linear.recording.attention_norms[circuit.layer], sorted(positions)
+        device = norm.gain.device
+        names = torch.tensor(list(self._constants), device=device)
+        sources = [torch.cat([nodes, names]) for nodes, _ in found]
+        sizes = [len(source) for source in sources]
+        place = torch.tensor(wanted, device=device).repeat_interleave(torch.tensor(sizes, device=device))
+        normed = norm.apply(torch.cat([vectors for _, vectors in found]), place)
         weight = torch.stack([projection.weight for projection in projections])
-        normed = norm.apply(torch.cat(pieces), place)
         parts = (normed @ weight.flatten(0, 1).T).view(len(place), *weight.shape[:2]).transpose(0, 1).contiguous()
         bias = torch.zeros_like(weight[..., 0]) if norm.bias is None else weight @ norm.bias
         if projections[0].bias is not None:
@@ -186,7 +225,7 @@ class SideReader:
         vectors = _finished(circuit, projections, parts, place, sizes)
         return {
             p: Side(source, of[list(positions[p])] if len(positions[p]) < len(projections) else of)
-            for p, source, of in zip(wanted, sources, vectors.split(sizes, dim=1), strict=True)
+            for p, source, of in zip(wanted, sources, torch.split(vectors, sizes, dim=1), strict=True)
         }
 
     def _targets(
@@ -226,11 +265,15 @@ def _finished(
     """Parts (C, n, E) at positions (n,) after QK-norm, turn and scale; `sizes` parts at a time stand together."""
     if projections[0].norm is not None:
         gain, epsilon = projections[0].norm
-        whole = parts.split(list(sizes) or [parts.shape[1]], dim=1)
+        whole = torch.split(parts, list(sizes) or [parts.shape[1]], dim=1)
         size = [part.double().sum(1).square().mean(-1, keepdim=True).expand(-1, part.shape[1]) for part in whole]
         parts = parts * (gain * (torch.cat(size, dim=1) + epsilon).rsqrt().float().unsqueeze(-1))
     turned = circuit.turn(parts, place)
     return turned if projections[0].scale == 1.0 else turned * projections[0].scale
+
+
+def _with_constants(table: NodeTable, part: dict[str, dict[int, Tensor]]) -> NodeTable:
+    return replace(table, constants=part["constants"], value_constants=part["value_constants"])
 
 
 def constant_parts(linear: LinearizedModel, table: NodeTable) -> dict[int, dict[str, dict[int, Tensor]]]:

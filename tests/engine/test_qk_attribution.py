@@ -8,12 +8,13 @@ from plain_reference import Reference
 from tiny_models import CASES, Case, build, keys
 
 import circuits
-from circuits import TokenTarget
+from circuits import TokenTarget, qk_attribution, score_circuits
 from circuits.assemble import table_numbers
 from circuits.graph import OWN_HEAD
 from circuits.head_steps import part_names
 from circuits.prompt import prepare
 from circuits.qk_attribution import Explained, HeadStep, QKAttribution
+from circuits.score_circuits import ScoreCircuit, SideReader
 from circuits.sweep import Sweep
 from circuits.tracing import lay_out
 
@@ -103,6 +104,58 @@ def test_parts_equal_the_reference(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         compared += 1
     assert compared > 10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pushed_equal_pulled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys by pushing nodes up equal those by pulling covectors down, part by part.
+
+    The cases have skip connections, replaced values, blocks that are cut, and parallel blocks.
+    """
+    sweep = laid_out(CASES[name])
+    linear, shape, n = sweep.linear, sweep.linear.model.shape, sweep.linear.recording.n_positions
+    pushed, pulled = (SideReader(linear, sweep.table) for _ in range(2))
+    compared = 0
+    for layer in range(shape.n_layers):
+        if not linear.passed(2 * layer + 1):
+            continue
+        weights = linear.model.score_weights(layer)
+        heads = [ScoreCircuit(linear, layer, head, weights) for head in range(shape.n_heads)]
+        asked = {place: range(1 + place % shape.n_heads) for place in range(n)}
+        for side in ("query", "key"):
+            found = pushed.read(heads, side, asked)
+            with monkeypatch.context() as patch:
+                patch.setattr(score_circuits, "PUSH_BUDGET", -1)
+                expected = pulled.read(heads, side, asked)
+            for place in range(n):
+                # Shifted by the number of constants, nodes and constants number the rows of one table.
+                tables = [
+                    torch.zeros(len(asked[place]), len(sweep.table) + 3, shape.d_head).index_add(
+                        1, of.sources + 3, of.vectors
+                    )
+                    for of in (found[place], expected[place])
+                ]
+                torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+                compared += int((tables[1].abs().amax((0, 2)) > 0).sum())
+        assert pushed._pushed is not None
+        assert pulled._pushed is None
+    assert compared > 50 or not any(linear.passed(2 * layer + 1) for layer in range(shape.n_layers))
+
+
+@pytest.mark.parametrize("first_look", [1, 3])
+def test_strongest_pairs(first_look: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few parts are looked at first, the strongest pairs are the largest of all pairs multiplied out."""
+    monkeypatch.setattr(qk_attribution, "FIRST_LOOK", first_look)
+    sweep = laid_out(CASES["gpt2_clt_frozen"])
+    for explained in QKAttribution.of(sweep).explain(every_step(sweep)):
+        block, (scores, leads) = explained.block, explained.strongest_pairs(10)
+        for i, (circuit, key) in enumerate(zip(explained.circuit.tolist(), explained.key.tolist(), strict=True)):
+            pairs = block.pairs(circuit, slice(None))
+            own = (pairs[:, block.key_of == key]).flatten()
+            lead = (pairs * explained.lead_shares[i].float()[block.key_of]).flatten()
+            for every, found in ((own, scores), (lead, leads)):
+                expected = every.abs().topk(10).values
+                torch.testing.assert_close(found.weight[i].abs(), expected, rtol=1e-4, atol=1e-6)
 
 
 class TestInduction:
