@@ -7,6 +7,7 @@ and last hop of an edge are explained.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,9 @@ def with_scores(
         if progress is not None:
             progress(done, len(steps))
     scores, pairs = table.tables()
-    about = {"scores": len(scores), "max_relative_gap": float(scores.gap.max(initial=0.0))}
+    about: dict[str, Any] = {"scores": len(scores), "max_relative_gap": float(scores.gap.max(initial=0.0))}
+    if sweep.linear.model.attention_soft_cap is not None:
+        about["soft_cap"] = "not linear: the secant through the recorded score stands for it"
     return replace(graph, scores=scores, pairs=pairs, metadata={**graph.metadata, "qk": about})
 
 

@@ -113,6 +113,12 @@ class BaseModel:
         cap = getattr(self.lm.config, "final_logit_softcapping", None)
         return None if cap is None else float(cap)
 
+    @property
+    def attention_soft_cap(self) -> float | None:
+        """Attention scores are `cap tanh(score / cap)`; None without a cap."""
+        cap = getattr(self.lm.config, "attn_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
     def attention_weights(self, layer: int) -> AttentionWeights:
         """Value and output weights of one layer, split by head."""
         shape = self.shape
@@ -131,7 +137,6 @@ class BaseModel:
         attention: Any = part(self.blocks[layer], family.attention)
         w_q, b_q = self._projection(layer, family.query, family.query_part, shape.n_heads)
         w_k, b_k = self._projection(layer, family.key, family.key_part, shape.n_kv_heads)
-        cap = getattr(self.lm.config, "attn_logit_softcapping", None)
         window = getattr(attention, "sliding_window", None)
         return ScoreWeights(
             w_q=w_q,
@@ -141,7 +146,7 @@ class BaseModel:
             query_norm=self._head_norm(layer, family.query_norm),
             key_norm=self._head_norm(layer, family.key_norm),
             scale=float(attention.scaling),
-            soft_cap=None if cap is None else float(cap),
+            soft_cap=self.attention_soft_cap,
             window=None if window is None else int(window),
             rotary=self.rotary,
         )

@@ -80,7 +80,7 @@ def trace(
     graph = with_heads(graph, sweep)
     if not settings.unpruned:
         graph = with_hops(graph, sweep)
-    return with_scores(graph, sweep, model.qk) if settings.explain else graph
+    return with_scores(graph, sweep, model.qk, progress=progress) if settings.explain else graph
 
 
 @torch.no_grad()
