@@ -86,7 +86,7 @@ INDUCTION = """
 On repeated random sequences, every head above layer 0 that gives at least 0.3 of its attention, from the last token, to
 what followed an earlier occurrence of it. The first pair of its QK attribution, in the order of the relative form, should
 be the current token meeting a feature that carries the token before the key (most of what the feature reads comes from
-there, `circuits/origins.py`). An error node that carries it does not count as such a feature. Ablated are the
+there, `circuits/origins.py`). With frozen attention it is that token itself. An error node that carries it does not count. Ablated are the
 features of the first pair without errors; the attention should fall.
 
 | replacement | heads | first pair: both sides right | either | without errors and biases: both | either | attention falls | median change of log odds |
@@ -114,8 +114,10 @@ def explanations(found: dict[str, Any]) -> list[str]:
     for name in (n for n in NAMES if n in found):
         row = found[name]["induction"]
         first, named = row["first pair"], row["first pair without errors and biases"]
-        shares = [first["both"], first["either"], named["both"], named["either"], row["attention falls"]]
-        cells = [str(row["heads"]), *(f"{value:.1%}" for value in shares), f"{row['median change of log odds']:+.2f}"]
+        cells = [str(row["heads"])]
+        cells += [f"{pair[key]:.1%}" for pair in (first, named) for key in ("both", "either")]
+        change = row["median change of log odds"]
+        cells += ["-", "-"] if change is None else [f"{row['attention falls']:.1%}", f"{change:+.2f}"]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     lines.append(PAIRS.rstrip("\n"))
     for name in (n for n in NAMES if n in found):
