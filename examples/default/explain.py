@@ -46,6 +46,7 @@ REPLACEMENTS = ("attention-sae", "mtc", "weakly-causal", "clt")
 EDGES = 6
 LOOKS = 0.3  # attention from which on a head is said to look
 LISTED = 10  # pairs that a graph keeps
+RANDOM = 5  # random pairs for each edge; the first is compared with one to one
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,19 @@ def norms_at(sweep: Sweep, layer: int) -> tuple[np.ndarray, np.ndarray]:
     return written.nodes.numpy(), written.vectors.norm(dim=1).numpy()
 
 
-def matched(sweep: Sweep, layer: int, node: int, rng: random.Random) -> int | None:
-    """Another feature at the node's position whose contribution to the stream below the layer has about its norm."""
+def matched(sweep: Sweep, layer: int, node: int, rng: random.Random) -> list[int]:
+    """Other features at the node's position whose contributions to the stream below the layer have about its norm:
+    `RANDOM` of them, the same again where there are fewer, none where there is none."""
     nodes, norms = norms_at(sweep, layer)
     own = norms[nodes == node]
     if not len(own):
-        return None
+        return []
     table = sweep.table
     alike = (table.position[nodes] == table.position[node]) & (table.dictionary[nodes] >= 0) & (nodes != node)
     alike &= np.abs(norms - own[0]) <= 0.2 * own[0]
-    return int(rng.choice(nodes[alike].tolist())) if alike.any() else None
+    others: list[int] = nodes[alike].tolist()
+    rng.shuffle(others)
+    return [others[i % len(others)] for i in range(RANDOM)] if others else []
 
 
 def change(bench: Bench, sweep: Sweep, step: HeadStep, groups: list[list[int]]) -> list[float]:
@@ -140,16 +144,16 @@ def test_pairs(model: circuits.Model, ids: list[int], rng: random.Random) -> lis
             ((rank, q, k) for rank, (q, k, place, w) in enumerate(found.pairs)
              if w > 0 and place == step.key and min(q, k) >= 0 and is_feature[q] and is_feature[k]), None,
         )  # fmt: skip
-        others = [matched(sweep, step.layer, node, rng) for node in first[1:]] if first is not None else [None]
-        if first is None or None in others:
+        others = [matched(sweep, step.layer, node, rng) for node in first[1:]] if first is not None else [[]]
+        if first is None or not all(others):
             rows.append({"tested": False, "pair": first is not None})
             continue
-        random_pair = [node for node in others if node is not None]
-        pair, other = change(bench, sweep, step, [list(first[1:]), random_pair])
+        random_pairs = [list(pair) for pair in zip(*others, strict=True)]
+        pair, *drawn = change(bench, sweep, step, [list(first[1:]), *random_pairs])
         rows.append(
-            {"tested": True, "listed": first[0] < LISTED, "pair_change": pair, "random_change": other,
-             "more": pair < other, "predicted": found.predicted(*first[1:]),
-             "random_predicted": found.predicted(*random_pair)}
+            {"tested": True, "listed": first[0] < LISTED, "pair_change": pair, "random_change": drawn[0],
+             "more": pair < drawn[0], "typical": pair < float(np.median(drawn)),
+             "predicted": found.predicted(*first[1:]), "random_predicted": found.predicted(*random_pairs[0])}
         )  # fmt: skip
     return rows
 
@@ -231,6 +235,7 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "tested": len(rows),
         "more than random": share(rows, "more"),
+        "more than the median of five": share(rows, "typical"),
         "lowers": round(float((columns["pair_change"] < 0).mean()), 4),
         "median change": round(float(np.median(columns["pair_change"])), 4),
         "median random change": round(float(np.median(columns["random_change"])), 4),
