@@ -14,10 +14,11 @@ from circuits.sweep import Progress, Sweep
 
 
 @torch.no_grad()
-def total_effects(sweep: Sweep, progress: Progress | None = None) -> np.ndarray:
+def total_effects(sweep: Sweep, progress: Progress | None = None, *, direct: bool = False) -> np.ndarray:
     """T (output targets, nodes), float64: by how much each output target falls when a node is ablated.
 
-    One sweep from the top: when the nodes of a layer are reached, what they have on every target is final.
+    One sweep from the top: when the nodes of a layer are reached, what they have on every target is final. `direct`:
+    by their own edges to the targets alone.
     """
     table, n = sweep.table, len(sweep.table)
     effects = torch.zeros(sweep.targets.n_outputs, n, dtype=torch.float64, device=sweep.device)
@@ -29,7 +30,7 @@ def total_effects(sweep: Sweep, progress: Progress | None = None) -> np.ndarray:
             numbers = block.targets.nodes
             if int(numbers[0]) >= n:
                 effects[numbers - n] = effects[numbers - n].index_add(1, block.sources, weights)
-            else:
+            elif not direct:
                 pre = block.targets.values.double()
                 shares = weights / torch.where(pre.abs() > 0, pre, torch.inf).unsqueeze(1)
                 effects.index_add_(1, block.sources, effects[:, numbers] @ shares)

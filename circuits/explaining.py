@@ -50,10 +50,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Meeting:
-    """A pair of a QK attribution: what stands on the query side and on the key side, at which key, and its weight."""
+    """A pair of a QK attribution: what is on the query side and on the key side, at which key, and its weight.
+
+    `at` is the key that the pair scores for. Through frozen attention a node is there on later keys than its own.
+    """
 
     query: Part
     key: Part
+    at: int
     weight: float
 
 
@@ -63,7 +67,7 @@ class Look:
 
     `lead` is the score less the mean of the other keys' scores, weighted with their attention; `pairs` are its
     strongest parts, `score_pairs` those of the score alone. `loading` is what the head carries of the edges that are
-    explained.
+    explained. `owner` is the id of the feature whose own pattern it is, "" for the base model's heads.
     """
 
     layer: int
@@ -77,6 +81,12 @@ class Look:
     pairs: tuple[Meeting, ...]
     score_pairs: tuple[Meeting, ...]
     qk_features: tuple[tuple[str, float], ...]
+    owner: str = ""
+
+    @property
+    def place(self) -> tuple[str, str, int, int]:
+        """Which head it is, and where it looks: what one look is told by."""
+        return self.head, self.owner, self.query, self.key
 
 
 @dataclass(frozen=True)
@@ -122,12 +132,12 @@ def explain(model: Model, graph: Graph, what: str) -> Explanation:
     CircuitsError
         When the graph has no such node or edge.
     """
-    source, target = _subject(graph, what)
+    source, target = subject_of(graph, what)
     sweep = lay_out(model, prepare(model.base, graph.token_ids), _targets(graph))
     return _Teller(graph, sweep, model).tell(source, target)
 
 
-def _subject(graph: Graph, what: str) -> tuple[int | None, int]:
+def subject_of(graph: Graph, what: str) -> tuple[int | None, int]:
     """The source, if an edge is meant, and the target or node."""
     places = {name: i for i, name in enumerate(graph.node_ids())}
     names = [name.strip() for name in what.split("->")]
@@ -179,7 +189,9 @@ class _Teller:
         outgoing = np.flatnonzero(edges.source == target) if source is None else np.zeros(0, dtype=np.int64)
         chain, passed = self._chain(source, target)
         looks = self._looks(told)
-        looks += tuple(look for look in self._looks(passed) if look not in looks)[: LOOKS - len(looks)]
+        told_already = {look.place for look in looks}
+        further = (look for look in self._looks(passed) if look.place not in told_already)
+        looks += tuple(further)[: LOOKS - len(looks)]
         reads = tuple(self._line(edge, edges.source[edge]) for edge in self._largest(told, READS))
         return Explanation(
             subject=subject,
@@ -211,7 +223,7 @@ class _Teller:
             "activation": float(nodes.activation[target]),
             "pre-activation": float(nodes.pre_activation[target]),
             "bias": float(nodes.bias[target]),
-            "influence": float(nodes.influence[target]),
+            "influence": np.nan if nodes.is_target[target] else float(nodes.influence[target]),
             "predicted effect of ablating": float(nodes.predicted[target]),
             "measured effect of ablating": float(nodes.measured[target]),
         }
@@ -220,8 +232,8 @@ class _Teller:
             facts = {"weight": weight, "share of what the target reads": abs(weight) / max(self.input[target], 1e-30)}
         else:
             kept = float(edges.weight[told].sum())
-            facts["edges in the graph"] = kept
-            facts["edges that pruning left out"] = facts["pre-activation"] - facts["bias"] - kept
+            facts["sum of its edges"] = kept
+            facts["sum of edges left out"] = facts["pre-activation"] - facts["bias"] - kept
         return {name: value for name, value in facts.items() if not np.isnan(value)}
 
     def _largest(self, edges: np.ndarray, count: int) -> np.ndarray:
@@ -246,7 +258,7 @@ class _Teller:
     def _heads(self, edge: int) -> tuple[tuple[str, float], ...]:
         """The strongest heads of an edge, keys summed; those of its last hop where attention is frozen."""
         for heads in (self.graph.heads, self.graph.last_hops):
-            mine = heads.take(heads.edge == edge)
+            mine = heads.take((heads.edge == edge) & (heads.head > STAYS))
             if len(mine):
                 return _summed(mine)[:3]
         return ()
@@ -258,12 +270,14 @@ class _Teller:
     def _looks(self, edges: np.ndarray) -> tuple[Look, ...]:
         """The heads that carry most of these edges, and why they looked."""
         graph = self.graph
-        crossing = [e for e in self._largest(edges, len(edges)).tolist() if len(self._heads(e))][:LOOKS]
-        if not crossing:
+        tables = (graph.heads, graph.first_hops, graph.last_hops)
+        able = np.concatenate([strongest_heads(heads).edge for heads in tables])
+        crossing = self._largest(edges[np.isin(edges, able)], LOOKS)
+        if not len(crossing):
             return ()
-        explained = with_scores(graph, self.sweep, self.model.qk, edges=np.array(crossing))
+        explained = with_scores(graph, self.sweep, self.model.qk, edges=crossing)
         loadings: dict[tuple[int, ...], float] = {}
-        for heads in (graph.heads, graph.first_hops, graph.last_hops):
+        for heads in tables:
             mine = strongest_heads(heads.take(np.isin(heads.edge, crossing)))
             for *name, weight in zip(*(c.tolist() for c in (mine.layer, mine.head, mine.query, mine.key, mine.weight))):
                 loadings[tuple(name)] = max(loadings.get(tuple(name), 0.0), abs(weight))
@@ -279,7 +293,7 @@ class _Teller:
         def meetings(form: str) -> tuple[Meeting, ...]:
             mine = pairs.take(pairs.form == form)
             rows = zip(mine.query_node.tolist(), mine.key_node.tolist(), mine.key.tolist(), mine.weight.tolist())
-            return tuple(Meeting(self.part(q, query), self.part(k, at), w) for q, k, at, w in rows)
+            return tuple(Meeting(self.part(q, query), self.part(k, at), at, w) for q, k, at, w in rows)
 
         features = pairs.take(pairs.form == "qk_feature")
         return Look(
@@ -294,13 +308,13 @@ class _Teller:
             pairs=meetings("lead"),
             score_pairs=meetings("score"),
             qk_features=tuple(zip(features.key_node.tolist(), features.weight.tolist())),
+            owner=str(scores.owner[number]),
         )
 
     def _chain(self, source: int | None, target: int) -> tuple[tuple[Link, ...], np.ndarray]:
         """From a token through the subject to an output, by the strongest edge at every step; and these edges."""
         edges, nodes = self.graph.edges, self.graph.nodes
         below, at = [], target
-        chosen: int | None = None
         while True:
             incoming = np.flatnonzero((edges.target == at) & ~nodes.is_error[edges.source])
             if source is not None and at == target:

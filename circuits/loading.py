@@ -9,7 +9,7 @@ from circuits.graph import Graph
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel, load_base_model
 from circuits.replacements.dictionary import Replacement, load_replacement
-from circuits.replacements.formats import qk_format
+from circuits.replacements.formats import circuit_tracer, native, qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
 
 DEFAULT = Path(__file__).resolve().parent / "default"
@@ -110,8 +110,12 @@ def _load_qk(base: BaseModel, paths: Sequence[Path], embedded: bool) -> QKReplac
 
 
 def _paths(given: str | Path, *, embedded: bool) -> list[Path]:
-    """Directories of a replacement that the user named; one that is there goes before a name of the embedded ones."""
-    if embedded and str(given) in EMBEDDED and not Path(given).is_dir():
+    """Directories of a replacement that the user named; one that is there goes before a name of the embedded ones.
+
+    A folder that only has such a name, of graphs perhaps, does not.
+    """
+    there = any((Path(given) / name).is_file() for name in (native.MANIFEST, circuit_tracer.CONFIG))
+    if embedded and str(given) in EMBEDDED and not there:
         return [_embedded(name) for name in EMBEDDED[str(given)]]
     return [Path(given)]
 

@@ -50,16 +50,9 @@ class ScoreWeights:
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary position embedding of x (..., n, E) at positions (n,)."""
-        return self._turned(x, positions, 1.0)
-
-    def turn_back(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The transpose of `turn`."""
-        return self._turned(x, positions, -1.0)
-
-    def _turned(self, x: Tensor, positions: Tensor, sign: float) -> Tensor:
         if self.rotary is None:
             return x
-        cos, sin = self.rotary.cos[positions], self.rotary.sin[positions] * sign
+        cos, sin = self.rotary.cos[positions], self.rotary.sin[positions]
         width = cos.shape[-1]
         a, b = x[..., :width].chunk(2, dim=-1)
         turned = x[..., :width] * cos + torch.cat([-b, a], dim=-1) * sin

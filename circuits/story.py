@@ -82,16 +82,16 @@ def _tell_look(graph: Graph, look: "Look") -> list[str]:
         f"{look.head} looks from {query} at {key} with attention {look.attention:.2f}; its score there is "
         f"{look.lead:.2f} above that of the other keys."
     ]
-    for_it = [pair for pair in look.pairs if pair.weight > 0 and pair.key.position in (look.key, -1)]
+    for_it = [pair for pair in look.pairs if pair.weight > 0 and pair.at == look.key]
     named = next((pair for pair in for_it if _is_named(pair.query) and _is_named(pair.key)), None)
     if for_it:
-        words.append(f"The largest part of that is {_pair(graph, for_it[0], look)}.")
+        words.append(f"What speaks most for that key is {_pair(graph, for_it[0], look)}.")
     if named is not None and named is not for_it[0]:
-        words.append(f"Of features and tokens the largest part is {_pair(graph, named, look)}.")
+        words.append(f"Of features and tokens it is {_pair(graph, named, look)}.")
     against = [pair for pair in look.pairs if pair.weight < 0]
     if against:
         worst = against[0]
-        where = "" if worst.key.position == look.key else f" at {position_name(graph, worst.key.position)}"
+        where = "" if worst.at == look.key else f" at {position_name(graph, worst.at)}"
         words.append(
             f"Against it stands {part_name(graph, worst.query.id)} meeting {part_name(graph, worst.key.id)}{where} "
             f"({worst.weight:+.2f})."
@@ -114,13 +114,16 @@ def _is_named(part: "Part") -> bool:
 
 def _pair(graph: Graph, pair: "Meeting", look: "Look") -> str:
     """A pair with its part, both sides, and what they have in common."""
-    query, key = _side(graph, pair.query, look.query), _side(graph, pair.key, look.key)
+    query, key = _side(graph, pair.query, look.query), _side(graph, pair.key, pair.at)
     return f"{query} on the query side meeting {key} on the key side ({pair.weight:+.2f}){_relation(graph, pair, look)}"
 
 
 def _side(graph: Graph, part: "Part", position: int) -> str:
     """One side of a pair: what it is, and the token that it carries."""
     name = part_name(graph, part.id)
+    if part.position != position:
+        # Brought here by frozen attention.
+        return f"{name} from {position_name(graph, part.position)}"
     if part.id.startswith("E_") or part.origin < 0 or part.share < MOSTLY:
         return name
     where = {0: "the token there, ", -1: "the token before, "}.get(part.origin - position, "")

@@ -37,7 +37,7 @@ DRAWS = 2000
 
 
 @dataclass(frozen=True)
-class _Target:
+class LogitTarget:
     """The logits that are explained: token ids, positions and shares that add up to one, (t,) each."""
 
     token_ids: Tensor
@@ -72,7 +72,8 @@ def verify(
     seed
         Of the random nodes and of the bootstrap.
     mode
-        `real`: the base model recomputes everything; `frozen`: direct effects alone.
+        `real`: the base model recomputes everything; `frozen`: direct effects alone, predicted and measured, which the
+        linearized model gives exactly. Sufficiency and necessity are real runs in both.
 
     Raises
     ------
@@ -80,15 +81,16 @@ def verify(
         The graph is of another model, or has no logit of a token among its targets.
     """
     check_fits(graph, model)
-    target = _target(graph)
+    target = target_of(graph)
     sweep = lay_out(
         model,
         prepare(model.base, graph.token_ids),
         [TokenTarget(i, p) for i, p in zip(target.token_ids.tolist(), target.positions, strict=True)],
     )
-    predicted = -(target.shares.numpy() @ total_effects(sweep))
-    chosen = _strongest(graph, nodes)
+    predicted = -(target.shares.numpy() @ total_effects(sweep, direct=mode == "frozen"))
     number = table_numbers(graph, sweep)
+    # A feature at its threshold may be active on one machine and not on another: what is not there is not tested.
+    chosen = _strongest(graph, number >= 0, nodes)
     tested = number[chosen]
     random = _matched(sweep, tested, number, np.random.default_rng(seed))
     bench = Bench(model, graph.token_ids)
@@ -114,7 +116,8 @@ def verify(
     )
 
 
-def _target(graph: Graph) -> _Target:
+def target_of(graph: Graph) -> LogitTarget:
+    """The graph's tokens as one target. Raises `CircuitsError` if it has none."""
     nodes = graph.nodes
     logits = np.flatnonzero((nodes.kind == "logit") & (nodes.target_weight > 0) & ~np.isnan(nodes.probability))
     if not len(logits):
@@ -124,13 +127,13 @@ def _target(graph: Graph) -> _Target:
         )
     weights = torch.tensor(nodes.target_weight[logits], dtype=torch.float64)
     ids = torch.tensor(nodes.feature[logits])
-    return _Target(ids, tuple(nodes.position[logits].tolist()), weights / weights.sum())
+    return LogitTarget(ids, tuple(nodes.position[logits].tolist()), weights / weights.sum())
 
 
-def _strongest(graph: Graph, count: int | None) -> np.ndarray:
-    """The graph's features and errors, the strongest first."""
+def _strongest(graph: Graph, there: np.ndarray, count: int | None) -> np.ndarray:
+    """Of the nodes that are there the graph's features and errors, the strongest first."""
     nodes = graph.nodes
-    chosen = np.flatnonzero(nodes.is_feature | nodes.is_error)
+    chosen = np.flatnonzero((nodes.is_feature | nodes.is_error) & there)
     return chosen[np.argsort(-nodes.influence[chosen], kind="stable")][:count]
 
 
@@ -159,7 +162,7 @@ def addresses(sweep: Sweep, numbers: np.ndarray) -> list[str]:
 
 
 def _measure(
-    bench: Bench, sweep: Sweep, target: _Target, numbers: np.ndarray, mode: Mode, progress: Progress | None
+    bench: Bench, sweep: Sweep, target: LogitTarget, numbers: np.ndarray, mode: Mode, progress: Progress | None
 ) -> np.ndarray:
     """The change of the target when each node is ablated by itself, (n,)."""
     batch = [[Change(address, "ablate")] for address in addresses(sweep, numbers)]
@@ -184,7 +187,8 @@ def _patterns(
     heads = strongest_heads(graph.heads if len(graph.heads) else graph.last_hops, 1)
     source, target = graph.edges.source[heads.edge], graph.edges.target[heads.edge]
     nodes = graph.nodes
-    able = (heads.head >= 0) & (heads.key != heads.query) & nodes.is_feature[target] & (nodes.kind[source] != "logit")
+    able = (heads.head >= 0) & (heads.key != heads.query) & nodes.is_feature[target]
+    able &= (number[source] >= 0) & (number[target] >= 0)
     strength = np.abs(heads.weight) / np.maximum(np.abs(nodes.pre_activation[target]), 1e-6) * nodes.influence[target]
     order = np.flatnonzero(able)[np.argsort(-strength[able], kind="stable")][:PATTERN_EDGES]
     if not len(order):

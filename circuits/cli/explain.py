@@ -38,13 +38,15 @@ def command(
     from circuits.graph import Graph
 
     loaded = Graph.load(graph)
-    from circuits.explaining import explain
+    what = what if what is not None else _strongest(loaded)
+    from circuits.explaining import explain, subject_of
     from circuits.loading import model_of
 
+    subject_of(loaded, what)  # before the model is loaded for nothing
     quiet_libraries()
     with progress_bar("explaining"):
         found = model_of(loaded, model, replacements or None, device=device)
-        explanation = explain(found, loaded, what if what is not None else _strongest(loaded))
+        explanation = explain(found, loaded, what)
     if output is not None:
         from circuits.graph.formats.whole_file import write_whole
 
@@ -56,6 +58,8 @@ def command(
 
 def _strongest(graph: "Graph") -> str:
     """The id of the target that the trace starts from with the most weight."""
+    if not len(graph.nodes):
+        raise click.UsageError("the graph has no nodes; name a graph that circuits trace has written")
     return graph.node_ids()[int(graph.nodes.target_weight.argmax())]
 
 
@@ -113,9 +117,9 @@ def _look_table(graph: "Graph", look: "Look") -> "Table":
     )
     table = new_table(title, "query side", "key side", "at key", "part>")
     for pair in look.pairs[:PAIRS]:
-        at = "" if pair.key.position in (look.key, -1) else position_name(graph, pair.key.position)
+        at = "" if pair.at == look.key else position_name(graph, pair.at)
         table.add_row(
-            _side(graph, pair, look.query, "query"), _side(graph, pair, look.key, "key"), at, signed(pair.weight)
+            _side(graph, pair, look.query, "query"), _side(graph, pair, pair.at, "key"), at, signed(pair.weight)
         )
     return table
 
@@ -130,7 +134,7 @@ def _side(graph: "Graph", pair: "Meeting", position: int, side: str) -> "Text":
     text = Text(part_name(graph, part.id))
     if part.origin >= 0 and not part.id.startswith("E_"):
         text.append(f"\n  from {position_name(graph, part.origin)} {part.share:.0%}", style=QUIET)
-    elif part.position not in (position, -1):
+    elif part.position != position:
         text.append(f"\n  at {position_name(graph, part.position)}", style=QUIET)
     return text
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--nodes", type=click.IntRange(min=1), help="Test so many nodes, the strongest first. Default: all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random nodes and intervals.")
 @click.option("--mode", type=click.Choice(["real", "frozen"]), default="real", show_default=True,
-              help="real: everything is recomputed; frozen: direct effects.")  # fmt: skip
+              help="real: everything is recomputed; frozen: direct effects alone.")  # fmt: skip
 @graph_model_options
 @click.option("--list", "listed", type=int, default=12, show_default=True, help="How many nodes to list.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the graph here. Default: where it was.")
@@ -33,7 +33,9 @@ def command(graph: Path, **options: Any) -> None:
 
     loaded = Graph.load(graph)
     from circuits.loading import model_of
-    from circuits.verification import verify
+    from circuits.verification import target_of, verify
+
+    target_of(loaded)  # before the model is loaded for nothing
 
     quiet_libraries()
     with progress_bar("loading"):
@@ -88,7 +90,7 @@ def _figures(found: dict[str, Any]) -> "Table":
     from circuits.cli.console import new_table
 
     title = f"Predicted against measured ({found['mode']}), with 95 % intervals"
-    table = new_table(title, "tested", "rank correlation>", "slope>", "median change>")
+    table = new_table(title, "tested", "rank correlation>", "slope>", "median size>")
     for name, label in (("nodes", "graph's nodes"), ("random", "random nodes"), ("patterns", "heads of edges")):
         row = found[name]
         table.add_row(

@@ -12,6 +12,7 @@ from circuits import TokenTarget, qk_attribution, score_circuits
 from circuits.assemble import table_numbers
 from circuits.graph import OWN_HEAD
 from circuits.head_steps import part_names
+from circuits.loading import load
 from circuits.prompt import prepare
 from circuits.qk_attribution import Explained, HeadStep, QKAttribution
 from circuits.score_circuits import ScoreCircuit, SideReader
@@ -200,6 +201,21 @@ class TestInduction:
         edge = circuits.explain(model, graph, "E_2_2->a1_0_4")
         assert edge.reads[0].part.id == "E_2_2"
         assert edge.looks[0].head == "L1H1"
+
+    def test_pairs_are_told_at_the_key_that_they_score_for(self) -> None:
+        """Through frozen attention a node stands on later keys too: the explanation keeps the key of each pair."""
+        model = load(None, "clt")
+        settings = circuits.TraceSettings(explain=True)
+        graph = circuits.trace(model, "When Mary and John went to the store, John gave a drink to", settings=settings)
+        look = circuits.explain(model, graph, "E_1053_2->4_1053_14").looks[0]
+        scores, pairs = graph.scores, graph.pairs
+        at = (scores.query == look.query) & (scores.key == look.key) & (scores.layer == look.layer)
+        (number,) = np.flatnonzero(at & (scores.head == int(look.head.partition("H")[2])))
+        kept = pairs.take((pairs.score == number) & (pairs.form == "lead"))
+        expected = zip(kept.query_node.tolist(), kept.key_node.tolist(), kept.key.tolist(), kept.weight.tolist())
+        told = [(pair.query.id, pair.key.id, pair.at, pytest.approx(pair.weight, rel=1e-3)) for pair in look.pairs]
+        assert list(expected) == told
+        assert any(pair.at != pair.key.position for pair in look.pairs)
 
     def test_unknown(self) -> None:
         """What the graph does not have is refused, with names that it has."""

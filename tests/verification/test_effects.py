@@ -73,6 +73,17 @@ class TestVerify:
         assert figures["patterns"]["slope"] == pytest.approx(1.0, rel=1e-4)
         assert figures["random"]["tested"] == 0
 
+    @pytest.mark.parametrize("replacement", ["attention-sae", "clt", "mtc", "weakly-causal"])
+    def test_frozen_is_exact(self, replacement: str) -> None:
+        """On the default: what the linearized model predicts of direct effects is what frozen ablations do."""
+        model = load(None, replacement)
+        graph = verify(model, circuits.trace(model, PROMPT), nodes=60, mode="frozen")
+        assert graph.metadata["verification"]["nodes"]["slope"] == pytest.approx(1.0, rel=1e-4)
+        assert graph.metadata["verification"]["patterns"]["slope"] == pytest.approx(1.0, rel=1e-4)
+        tested = np.isfinite(graph.nodes.measured)
+        gaps = np.abs(graph.nodes.predicted - graph.nodes.measured)[tested]
+        assert gaps.max() < 1e-4 * np.abs(graph.nodes.measured[tested]).max()
+
     @pytest.mark.parametrize("replacement", ["attention-sae", "clt"])
     def test_default(self, replacement: str) -> None:
         """The strongest nodes of the README's prompt do more than random ones, and what they do is predicted."""
