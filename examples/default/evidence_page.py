@@ -33,7 +33,7 @@ Of each prompt the {nodes} nodes with the largest influence (features and errors
 random active nodes that are not in the graph, of the same kinds and layers. Predicted is the signed sum over all
 paths of the unpruned graph; measured is the change of the target, the probability-weighted sum of the graph's logits,
 each less the mean over the vocabulary. Medians over prompts with 95 % bootstrap intervals; the rank correlation
-(Spearman) and the slope through the origin are within a prompt.
+(Spearman) and the slope through the origin are within a prompt, *pooled* is the correlation of all prompts' nodes.
 """
 
 HEADS = """Heads: the source of a strong edge is ablated with the pattern as it is and with the entry of the edge's
@@ -50,12 +50,13 @@ def interval(value: list[float] | None) -> str:
 def ablations(found: dict[str, Any]) -> list[str]:
     """One table over all prompts, and one of correlations by behaviour."""
     lines = [
-        "| replacement | rank correlation | slope | median change, top nodes | random nodes | top above random |",
-        "|---|---|---|---|---|---|",
+        "| replacement | rank correlation | pooled | slope | median change, top nodes | random nodes "
+        "| top above random |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, figures in found.items():
         row = figures["all"]
-        cells = [interval(row[key]) for key in ("nodes spearman", "nodes slope")]
+        cells = [interval(row[key]) for key in ("nodes spearman", "pooled spearman", "nodes slope")]
         cells += [_small(row["nodes median_effect"]), _small(row["random median_effect"])]
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['top above random']:.1%} of prompts |")
     behaviours = list(next(iter(found.values()))["behaviours"])

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 import circuits
 from circuits.graph.formats.whole_file import write_whole
-from circuits.statistics import median_interval
+from circuits.statistics import agreement, median_interval
 from circuits.verification import verify
 
 REPLACEMENTS = ("clt", "attention-sae", "mtc", "weakly-causal")
@@ -55,7 +55,7 @@ def row_of(model: circuits.Model, ids: list[int], nodes: int) -> dict[str, Any]:
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over prompts with bootstrap intervals; correlations are within a prompt."""
+    """Medians over prompts with bootstrap intervals; correlations are within a prompt, and one of all nodes pooled."""
     found: dict[str, Any] = {"prompts": len(rows)}
     for group, figure in (
         ("nodes", "spearman"), ("nodes", "slope"), ("nodes", "median_effect"), ("random", "spearman"),
@@ -65,6 +65,9 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found[f"{group} {figure}"] = _median(values)
     for figure in ("sufficiency", "necessity"):
         found[figure] = _median([row[figure] for row in rows if row[figure] is not None])
+    pooled = [np.concatenate([row[side] for row in rows]) for side in ("predicted", "measured")]
+    together = agreement(*pooled, seed=0, draws=200)
+    found["pooled spearman"] = [round(value, 4) for value in (together["spearman"], *together["spearman_interval"])]
     above = [row["nodes"]["median_effect"] > row["random"]["median_effect"] for row in rows
              if row["random"]["median_effect"] is not None]  # fmt: skip
     found["top above random"] = sum(above) / max(len(above), 1)
