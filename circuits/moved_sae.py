@@ -68,7 +68,10 @@ def moved_output(
 ) -> Tensor:
     """(S, D): the attention output of a layer as moved features rebuild it on one recorded document."""
     attention = FrozenAttention(
-        model.attention_weights(layer), recording.patterns[layer], recording.attention_norms[layer]
+        model.attention_weights(layer),
+        recording.patterns[layer],
+        recording.attention_norms[layer],
+        recording.post_norm(layer, mlp=False),
     )
     n = recording.n_positions
     bias = sae.output_bias(sae.writes[0])
@@ -80,15 +83,16 @@ def moved_output(
     features, place = torch.unique(active.features, return_inverse=True)
     rows = sae.decoder_rows(active.features, sae.writes[0]) * active.activations.unsqueeze(1)
     values = attention.values(rows, active.positions)
+    moved = torch.zeros_like(output)
     for head in range(attention.n_heads):
         written = values[:, head] @ attention.weights.w_o[head]
         if through == "most":
             if head == 0:
                 strongest = _strongest_heads(attention, values, active, place, len(features), n)
             written = written * (strongest[place] == head).unsqueeze(1)
-        here = output.new_zeros(n, output.shape[1]).index_add_(0, active.positions, written)
-        output = output + attention.pattern[head] @ here
-    return output
+        here = torch.zeros_like(output).index_add_(0, active.positions, written)
+        moved = moved + attention.pattern[head] @ here
+    return output + (moved if attention.post is None else attention.post.apply(moved, slice(None)))
 
 
 def _strongest_heads(
@@ -99,7 +103,9 @@ def _strongest_heads(
     for head in range(attention.n_heads):
         here = values.new_zeros(n, n_features, values.shape[2])
         here[active.positions, place] = values[:, head]
-        arrived = (attention.pattern[head] @ here.flatten(1)).view_as(here)
-        gram = attention.weights.w_o[head] @ attention.weights.w_o[head].T
+        arrived, w_o = (attention.pattern[head] @ here.flatten(1)).view_as(here), attention.weights.w_o[head]
+        if attention.post is not None:
+            arrived, w_o = arrived * attention.post.scale[:, None, None], w_o * attention.post.gain
+        gram = w_o @ w_o.T
         amounts.append(torch.einsum("pfe,eg,pfg->pf", arrived, gram, arrived).clamp(min=0).sqrt().sum(0))
     return torch.stack(amounts).argmax(0)
