@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from circuits.errors import CircuitsError
-from circuits.frozen import FrozenAttention as FrozenAttention
-from circuits.frozen import Skip, standing, whole
+from circuits.frozen import FrozenAttention, Skip, standing, whole
 from circuits.model import BaseModel
 from circuits.recording import Recording
 from circuits.replacements.dictionary import Dictionary, Replacement

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from circuits.errors import CircuitsError
 from circuits.evaluation import Fit
-from circuits.linearize import FrozenAttention
+from circuits.frozen import FrozenAttention
 from circuits.model import BaseModel
 from circuits.recording import Recording, record
 from circuits.replacements.dictionary import Active, Dictionary
