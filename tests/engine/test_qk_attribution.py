@@ -159,6 +159,14 @@ def test_strongest_pairs(first_look: int, monkeypatch: pytest.MonkeyPatch) -> No
                 torch.testing.assert_close(found.weight[i].abs(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_soft_cap_is_said() -> None:
+    """A graph whose scores are capped says that the cap's secant stands for it; others say nothing."""
+    for family, capped in (("gemma2", True), ("llama", False)):
+        case = next(case for case in CASES.values() if case.family == family)
+        graph = circuits.trace(build(case), case.token_ids, [TokenTarget(3)], UNPRUNED)
+        assert ("secant" in graph.metadata["qk"].get("soft_cap", "")) == capped
+
+
 class TestInduction:
     """Prompt BOS 1 2 3 1 of the hand-built model: at 4 head 1 of layer 1 looks where BEFORE is the own word, at 2."""
 
