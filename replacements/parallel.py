@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, distributed, nn
 from circuits.replacements.errors import ReplacementError
 
 BUCKET = 1 << 23  # numbers that are sent together
+PATIENCE = timedelta(hours=4)  # for a process that saves and measures while the others wait for it
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def started(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
     """The processes that `torchrun` started, or just this one, and the device for this one.
 
     "cuda" becomes this process's own GPU. Processes talk through gloo for what is on the CPU, NCCL for what is on GPUs.
+    They leave together: a process that ends right after a collective may find one of gloo's threads still about to
+    release that collective's tensors, for which it needs the interpreter, and is then aborted.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -173,8 +177,11 @@ def started(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=count)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    distributed.init_process_group(backend, rank=rank, world_size=count, timeout=PATIENCE)
+    processes = Processes(rank, count)
     try:
-        yield Processes(rank, count), device
+        yield processes, device
+        processes.wait()
     finally:
         distributed.destroy_process_group()
