@@ -8,8 +8,9 @@ from circuits.errors import CircuitsError
 from circuits.graph import Graph
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel, load_base_model
-from circuits.replacements.dictionary import Replacement, load_replacement
-from circuits.replacements.formats import circuit_tracer, native, qk_format
+from circuits.replacements.dictionary import Replacement
+from circuits.replacements.loading import is_replacement, load_replacement
+from circuits.replacements.formats import qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
 
 DEFAULT = Path(__file__).resolve().parent / "default"
@@ -114,8 +115,7 @@ def _paths(given: str | Path, *, embedded: bool) -> list[Path]:
 
     A folder that only has such a name, of graphs perhaps, does not.
     """
-    there = any((Path(given) / name).is_file() for name in (native.MANIFEST, circuit_tracer.CONFIG))
-    if embedded and str(given) in EMBEDDED and not there:
+    if embedded and str(given) in EMBEDDED and not is_replacement(Path(given)):
         return [_embedded(name) for name in EMBEDDED[str(given)]]
     return [Path(given)]
 

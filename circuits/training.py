@@ -13,7 +13,8 @@ from circuits.evaluation import cross_entropy, dictionary_figures
 from circuits.kinds import Places, Settings, build_module
 from circuits.model import BaseModel
 from circuits.qk_evaluation import qk_figures
-from circuits.replacements.dictionary import Replacement, load_replacement
+from circuits.replacements.dictionary import Replacement
+from circuits.replacements.loading import load_replacement
 from circuits.replacements.formats import native, qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
 from circuits.replacements.parallel import Processes

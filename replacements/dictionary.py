@@ -34,6 +34,7 @@ from circuits.kernels.encode import Activation, encode, gate
 from circuits.kernels.move import mix, move_features
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.movement import HeadLoading, Movement, OwnAttention
+from circuits.replacements.processing import Processing
 from circuits.replacements.sites import ReadSite, Site
 from circuits.replacements.weights import Rows
 
@@ -250,6 +251,8 @@ class Replacement:
         Figures of its training; may be empty.
     files
         What `identity` is taken over.
+    processing
+        What was done to the model's weights before it was trained on, where it was not Hugging Face's own model.
     """
 
     name: str
@@ -259,6 +262,7 @@ class Replacement:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    processing: Processing | None = None
 
     @cached_property
     def identity(self) -> str:
@@ -290,29 +294,3 @@ class Replacement:
                         f"width {width}; the model has layers 0 to {n_layers - 1} and width {expected} at {site.name}; "
                         "give the model that the replacement was trained on"
                     )
-
-
-def load_replacement(path: str | Path, device: str | torch.device = "cpu") -> Replacement:
-    """Read the replacement in the directory `path`; its format is told by its content.
-
-    Encoders and biases are loaded whole as float32 to `device`, decoders stay in their files.
-
-    Raises
-    ------
-    ReplacementError
-        No format is recognised, or a file does not hold what it should.
-    """
-    # Here and not at the top: the formats build the classes of this file.
-    from circuits.replacements.formats import circuit_tracer, native
-
-    path = Path(path)
-    if not path.is_dir():
-        raise ReplacementError(f"{path}: no such directory; a replacement is a directory on this machine")
-    if (path / native.MANIFEST).is_file():
-        return native.load(path, str(device))
-    if (path / circuit_tracer.CONFIG).is_file():
-        return circuit_tracer.load(path, str(device))
-    raise ReplacementError(
-        f"{path}: no replacement of a known format here; looked for {native.MANIFEST} (circuits) and "
-        f"{circuit_tracer.CONFIG} (circuit-tracer)"
-    )

@@ -160,8 +160,7 @@ def started(device: str = "cpu") -> Iterator[tuple[Processes, str]]:
     """The processes that `torchrun` started, or just this one, and the device for this one.
 
     "cuda" becomes this process's own GPU. Processes talk through gloo for what is on the CPU, NCCL for what is on GPUs.
-    They leave together: a process that ends right after a collective may find one of gloo's threads still about to
-    release that collective's tensors, for which it needs the interpreter, and is then aborted.
+    They leave together: the last to be done saves and measures while the others wait.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

@@ -17,7 +17,7 @@ def command(what: str | None) -> None:
     from circuits.cli.trace import quiet_libraries
     from circuits.loading import load
     from circuits.model import load_base_model
-    from circuits.replacements.dictionary import load_replacement
+    from circuits.replacements.loading import load_replacement
 
     quiet_libraries()
     if what is None:

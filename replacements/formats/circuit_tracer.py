@@ -25,7 +25,9 @@ from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats.tensors import Tensors
 from circuits.replacements.sites import Norm, ReadSite, Site
 
+NAME = "circuit-tracer"
 CONFIG = "config.yaml"
+LOOKED_FOR = CONFIG
 READS: dict[str, tuple[str, Norm]] = {
     "mlp.hook_in": ("resid_mid", "full"),
     "ln2.hook_normalized": ("resid_mid", "scale"),
@@ -51,6 +53,11 @@ class Config:
 
     def read_site(self, layer: int) -> ReadSite:
         return ReadSite(Site(self.read[0], layer), self.read[1])
+
+
+def recognises(path: Path) -> bool:
+    """Whether the directory has the format's configuration."""
+    return (path / CONFIG).is_file()
 
 
 def load(path: Path, device: str = "cpu") -> Replacement:

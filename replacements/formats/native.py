@@ -43,10 +43,17 @@ from circuits.replacements.formats.tensors import Tensors
 from circuits.replacements.movement import HeadLoading, Movement, OwnAttention
 from circuits.replacements.sites import ReadSite, Site
 
+NAME = "circuits"
 MANIFEST = "manifest.json"
+LOOKED_FOR = MANIFEST
 FORMAT = "circuits-replacement"
 VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def recognises(path: Path) -> bool:
+    """Whether the directory has the format's configuration."""
+    return (path / MANIFEST).is_file()
 
 
 def load(path: Path, device: str = "cpu") -> Replacement:

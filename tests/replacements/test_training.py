@@ -14,7 +14,7 @@ from circuits.replacements.attention_sae import AttentionSAE
 from circuits.replacements.checkpoints import read_log
 from circuits.replacements.clt import CrossLayerTranscoder
 from circuits.replacements.coder import Coder, CoderSettings, JumpSettings
-from circuits.replacements.dictionary import Replacement, load_replacement
+from circuits.replacements import Replacement, load_replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats import native
 from circuits.replacements.sites import Site

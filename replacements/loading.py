@@ -1,0 +1,56 @@
+"""Load a replacement of any format that is known: one adapter a format, in `replacements/formats/`.
+
+An adapter is a module with
+
+    NAME                       the format, as `Replacement.format` and messages say it
+    LOOKED_FOR                 what tells it, in a few words, for the message when nothing is recognised
+    recognises(path) -> bool   by the content of the directory; reads headers and configurations only, and never raises
+    load(path, device)         the `Replacement`, or a `ReplacementError`
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from circuits.replacements.dictionary import Replacement
+from circuits.replacements.errors import ReplacementError
+
+ADAPTERS = ("native", "circuit_tracer")
+
+
+def adapter_of(path: Path) -> Any:
+    """The adapter module of the format that lies in the directory `path`, or None."""
+    for name in ADAPTERS:
+        adapter = import_module(f"circuits.replacements.formats.{name}")
+        if adapter.recognises(path):
+            return adapter
+    return None
+
+
+def is_replacement(path: Path) -> bool:
+    """Whether a replacement of a known format lies in the directory `path`."""
+    return path.is_dir() and adapter_of(path) is not None
+
+
+def load_replacement(path: str | Path, device: str | torch.device = "cpu") -> Replacement:
+    """Read the replacement in the directory `path`; its format is told by its content.
+
+    Encoders and biases are loaded whole as float32 to `device`, decoders stay in their files.
+
+    Raises
+    ------
+    ReplacementError
+        No format is recognised, or a file does not hold what it should.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ReplacementError(f"{path}: no such directory; a replacement is a directory on this machine")
+    adapter = adapter_of(path)
+    if adapter is None:
+        adapters = [import_module(f"circuits.replacements.formats.{name}") for name in ADAPTERS]
+        known = "; ".join(f"{adapter.LOOKED_FOR} ({adapter.NAME})" for adapter in adapters)
+        raise ReplacementError(f"{path}: no replacement of a known format here; looked for {known}")
+    replacement: Replacement = adapter.load(path, str(device))
+    return replacement
