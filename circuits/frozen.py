@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from circuits.kernels.attend import pull_readers, pull_stream, pull_values, push_stream, push_values
+from circuits.kernels.attend import pull_readers, pull_values, push_local, push_stream, push_values
 from circuits.model import AttentionWeights
 from circuits.recording import NormRecord
 from circuits.replacements.sites import ReadSite
@@ -73,20 +73,40 @@ class FrozenAttention:
         y = z @ self.weights.w_o.flatten(0, 1)
         return y if self.post is None else self.post.apply(y, positions)
 
+    @cached_property
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Output weights (H, E, D) behind the post-norm's gain, value weights (K, E, D) behind the norm's linear part;
+        the scales of both norms, one a position, are left out."""
+        w_o, w_v = self.weights.w_o, self.weights.w_v * self.norm.gain
+        if self.norm.centred:
+            w_v = w_v - w_v.mean(-1, keepdim=True)
+        if self.post is not None:
+            w_o = (w_o - w_o.mean(-1, keepdim=True) if self.post.centred else w_o) * self.post.gain
+        return w_o, w_v
+
     def pull_heads(self, positions: Tensor, u: Tensor, n_keys: int) -> Tensor:
         """Readers (B, H, E) of the head outputs at `positions` (B,) as covectors (B, n_keys, D) of `resid_pre`."""
-        c = pull_readers(self.pattern, positions, u, self.weights.w_v, n_keys)
-        return self.norm.pull(c, slice(0, n_keys))
+        c = pull_readers(self.pattern, positions, u, self._folded[1], n_keys)
+        return c.mul_(self.norm.scale[:n_keys, None])
+
+    def pull_local(self, g: Tensor, positions: Tensor, n_keys: int) -> Tensor:
+        """Covectors (B, D) of the attention output at `positions` (B,) as covectors (B, n_keys, D) of `resid_pre`."""
+        return self.pull_heads(positions, self.head_readers(g, positions), n_keys)
 
     def pull(self, g: Tensor) -> Tensor:
-        """Covectors (B, S, D) of the attention output as covectors (B, S, D) of `resid_pre`."""
-        g = self.below_post(g, whole(g))
-        return self.norm.pull(pull_stream(self.pattern, g, self.weights.w_o, self.weights.w_v), whole(g))
+        """Covectors (B, S, D) of the attention output as covectors (B, S, D) of `resid_pre`, added to themselves.
+
+        The norms stand in the weights, their scales in what has the width of the heads.
+        """
+        w_o, w_v = self._folded
+        scale = None if self.post is None else self.post.scale
+        c = pull_values(self.pattern, g, w_o, len(w_v), scale).mul_(self.norm.scale[: g.shape[1], None])
+        return torch.addmm(g.flatten(0, 1), c.flatten(0, 1), w_v.flatten(0, 1)).view_as(g)
 
     def pull_values(self, g: Tensor) -> Tensor:
         """Covectors (B, S, D) of the attention output as covectors (B, S, K x E) of the values."""
-        g = self.below_post(g, whole(g))
-        return pull_values(self.pattern, g, self.weights.w_o, len(self.weights.w_v))
+        scale = None if self.post is None else self.post.scale
+        return pull_values(self.pattern, g, self._folded[0], len(self.weights.w_v), scale)
 
     def pull_value_readers(self, readers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Readers (B, K x E) of the values at `positions` as covectors (B, D) of `resid_pre`, and what they make of the
@@ -111,6 +131,11 @@ class FrozenAttention:
         """Writers (N, S, D) in `resid_pre` as what they add to the stream (N, S, D)."""
         y = push_stream(self.pattern, self.norm.apply(x, whole(x)), self.weights.w_o, self.weights.w_v)
         return y if self.post is None else self.post.apply(y, whole(x))
+
+    def push_local(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Writers (N, D) in `resid_pre` at `positions` (N,) as what they add to the stream everywhere, (N, S, D)."""
+        y = push_local(self.pattern, positions, self.values(x, positions), self.weights.w_o)
+        return y if self.post is None else self.post.apply(y, whole(y))
 
     def values(self, x: Tensor, positions: Tensor) -> Tensor:
         """Values (n, H, E) of every head for stream vectors (n, D) at `positions` (n,)."""

@@ -128,12 +128,26 @@ class LinearizedModel:
 
     def pull_past(self, live: int, g: Tensor) -> Tensor:
         """Covectors (B, S, D) above a live depth as covectors of the stream below it."""
-        below = g
-        if (skip := self.skip_at(live)) is not None:
-            below = below + skip.pull(g, whole(g))
-        if (attention := self.passing_at(live)) is not None:
-            below = below + attention.pull(g)
+        attention, skip = self.passing_at(live), self.skip_at(live)
+        below = g if attention is None else attention.pull(g)
+        return below if skip is None else below + skip.pull(g, whole(g))
+
+    def pull_local_past(self, live: int, g: Tensor, positions: Tensor, n_keys: int) -> Tensor:
+        """Covectors (B, D) at one position each above a live depth as covectors (B, n_keys, D) below it."""
+        attention, skip = self.passing_at(live), self.skip_at(live)
+        below = (
+            g.new_zeros(len(g), n_keys, g.shape[1]) if attention is None else attention.pull_local(g, positions, n_keys)
+        )
+        below[torch.arange(len(g), device=g.device), positions] += g if skip is None else g + skip.pull(g, positions)
         return below
+
+    def push_local_past(self, live: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Writers (N, D) below a live depth at one position each as the stream (N, S, D) above it."""
+        attention, skip = self.passing_at(live), self.skip_at(live)
+        n = self.recording.n_positions
+        above = x.new_zeros(len(x), n, x.shape[1]) if attention is None else attention.push_local(x, positions)
+        above[torch.arange(len(x), device=x.device), positions] += x if skip is None else x + skip.push(x, positions)
+        return above
 
     def push_past(self, live: int, x: Tensor) -> Tensor:
         """The stream (N, S, D) below a live depth with what the sublayers there make of it: the transpose."""

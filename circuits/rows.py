@@ -3,7 +3,9 @@
 A covector starts local, at its reader's position, and is pulled down. Where every sublayer is replaced nothing
 passes, and a row is one product with the writers at the same position. A live sublayer (frozen attention, a skip
 connection) changes the covector; attention spreads it over positions, never beyond its reader's. Between two live
-sublayers it is constant, so the writers of that stretch are summed first and multiplied once.
+sublayers it is constant, so the writers of that stretch are summed first and multiplied once. Below the lowest live
+sublayer there are only the tokens, as a rule: these are pushed up through it once, so that no covector has to be
+pulled.
 
 Shapes: B targets, S positions, D model width, n nodes.
 """
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +24,11 @@ from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
 from circuits.replacements.movement import HeadLoading
 
-SPREAD_BUDGET = 2**24
+SPREAD_BUDGET = 2**20  # numbers in the covectors of a block: they stay in the cache between two products
 ROW_BUDGET = 2**24
+PADDING = 1.25  # a block's covectors are as long as its last target needs, by so much more than on average
+SMALL = 256  # covectors that are too few to save any
+PUSHED_BUDGET = 2**24  # numbers in the lowest writers after they were pushed up
 
 
 @dataclass(frozen=True)
@@ -83,20 +89,44 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Stage:
-    """Covectors `g` (B, S, D) of the stream on their way down, valid for writes of depths `low` to `high` - 1."""
+    """Covectors `g` of the stream on their way down, valid for writes of depths `low` to `high` - 1.
+
+    (B, S, D), or (B, D) with `positions` (B,) as long as no attention has spread them.
+    """
 
     low: int
     high: int
     g: Tensor
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Writers summed over the depths of one stretch: `nodes` (m,) ascending, `starts` by position."""
+    """Writers summed over the depths of one stretch: `nodes` (m,) ascending, `starts` by position.
+
+    `columns` has the first node of each position where the others follow it without gaps, else None. `constant` is
+    (S, D).
+    """
 
     nodes: Tensor
     vectors: Tensor
     starts: list[int]
+    columns: list[int] | None
+    constant: Tensor
+
+    def rows(self, position: int) -> slice:
+        """The writers at a position."""
+        return slice(self.starts[position], self.starts[position + 1])
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """The writers of the lowest stretch behind the lowest live sublayer: `nodes` (m,), `starts` by position, `vectors`
+    (S x D, m) and `constant` (S, D)."""
+
+    nodes: Tensor
+    starts: list[int]
+    vectors: Tensor
     constant: Tensor
 
 
@@ -106,6 +136,7 @@ class Rows:
     def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
         self.linear, self.table = linear, table
         self._stretches: OrderedDict[tuple[int, int], Stretch] = OrderedDict()
+        self._pushed: dict[int, Pushed | None] = {}
 
     def blocks(self, targets: Targets) -> Iterator[RowBlock]:
         """Row blocks that together hold every target once, in the order of their positions."""
@@ -114,14 +145,14 @@ class Rows:
         compute = (
             self._carried_block if targets.carried is not None else self._local_block if local else self._spread_block
         )
-        start = 0
+        start, positions = 0, targets.positions.tolist()
         while start < len(targets):
-            position = int(targets.positions[start])
+            position = positions[start]
             if targets.carried is not None:
                 stop = start + max(1, ROW_BUDGET // max(1, len(self.table.carried[targets.dictionary].nodes)))
                 stop = min(stop, len(targets))
             elif not local:
-                stop = self._chunk_end(targets, start)
+                stop = self._chunk_end(positions, start)
             else:
                 stop = int(torch.searchsorted(targets.positions, position, right=True))
                 width = self.table.starts[position + 1] - self.table.starts[position]
@@ -130,14 +161,15 @@ class Rows:
             yield compute(targets.take(index))
             start = stop
 
-    def _chunk_end(self, targets: Targets, start: int) -> int:
-        model = self.linear.model.shape
-        stop = start
-        while stop < len(targets):
-            n_keys = int(targets.positions[stop]) + 1
-            count = stop + 1 - start
-            fits = count * n_keys * model.d_model <= SPREAD_BUDGET
+    def _chunk_end(self, positions: list[int], start: int) -> int:
+        """Where the block of ascending positions ends that begins at `start`."""
+        stop, needed = start, 0
+        while stop < len(positions):
+            n_keys, count = positions[stop] + 1, stop + 1 - start
+            needed += n_keys
+            fits = count * n_keys * self.linear.model.shape.d_model <= SPREAD_BUDGET
             fits = fits and count * self.table.starts[n_keys] <= ROW_BUDGET
+            fits = fits and (count * n_keys <= PADDING * needed or count * n_keys <= SMALL)
             if not fits and count > 1:
                 break
             stop += 1
@@ -148,7 +180,7 @@ class Rows:
         position = int(targets.positions[0])
         first, last = self.table.starts[position], self.table.starts[position + 1]
         stretch = self.stretch(self.linear.floor(targets.depth), targets.depth)
-        rows = slice(stretch.starts[position], stretch.starts[position + 1])
+        rows = stretch.rows(position)
         weights = targets.covectors.new_zeros(len(targets), last - first)
         weights[:, stretch.nodes[rows] - first] = targets.covectors @ stretch.vectors[rows].T
         bias = targets.constants + targets.covectors @ stretch.constant[position]
@@ -158,17 +190,44 @@ class Rows:
         n_keys = int(targets.positions[-1]) + 1
         weights = targets.constants.new_zeros(len(targets), self.table.starts[n_keys])
         bias = targets.constants + self._start_bias(targets)
-        for stage in self.stages(targets):
-            stretch = self.stretch(stage.low, stage.high)
-            self._add(weights, stage.g, stretch.nodes, stretch.vectors, stretch.starts)
-            bias = bias + torch.einsum("bsd,sd->b", stage.g, stretch.constant[:n_keys])
+        passed = self.linear.passed(targets.depth)
+        lowest = self.pushed(passed[-1]) if passed else None
+        for stage in self._descent(targets):
+            bias += self._meet(weights, stage, self.stretch(stage.low, stage.high))
             layer = (stage.low - 1) // 2
             if stage.low % 2 == 1 and layer in self.linear.replaced_values:
-                g = self.linear.attention[layer].pull_values(stage.g)
+                g = self.linear.attention[layer].pull_values(self._spread(stage, n_keys))
                 written = self.table.value_writes[layer]
-                self._add(weights, g, written.nodes, written.vectors, self._starts(written.nodes))
-                bias = bias + torch.einsum("bsd,sd->b", g, self.table.value_constants[layer][:n_keys])
+                stretch = self._stretch_of(written.nodes, written.vectors, self.table.value_constants[layer])
+                bias += self._meet(weights, Stage(stage.low, stage.low, g), stretch)
+            if lowest is not None and stage.low == passed[-1]:
+                g = self._spread(stage, n_keys).flatten(1)
+                nodes = lowest.nodes[: lowest.starts[n_keys]]
+                weights.index_add_(1, nodes, g @ lowest.vectors[: g.shape[1], : len(nodes)])
+                bias += g @ lowest.constant[:n_keys].flatten()
+                break
         return RowBlock(targets, torch.arange(weights.shape[1], device=weights.device), weights, bias)
+
+    def _meet(self, weights: Tensor, stage: Stage, stretch: Stretch) -> Tensor:
+        """Add the products of a stage's covectors with the writers of a stretch to the weights; what they make of its
+        constant, (B,)."""
+        if stage.positions is None:
+            n_keys = stage.g.shape[1]
+            if stretch.columns is not None:
+                contract_spread(weights, stage.g, stretch.vectors, stretch.starts, stretch.columns)
+            else:
+                nodes = stretch.nodes[: stretch.starts[n_keys]]
+                dense = weights.new_zeros(len(weights), len(nodes))
+                contract_spread(dense, stage.g, stretch.vectors, stretch.starts, stretch.starts)
+                weights.index_add_(1, nodes, dense)
+            return stage.g.flatten(1) @ stretch.constant[:n_keys].flatten()
+        places, counts = torch.unique_consecutive(stage.positions, return_counts=True)
+        first = 0
+        for position, count in zip(places.tolist(), counts.tolist(), strict=True):
+            rows, mine = stretch.rows(position), slice(first, first + count)
+            weights[mine, stretch.nodes[rows]] += stage.g[mine] @ stretch.vectors[rows].T
+            first += count
+        return (stage.g * stretch.constant[stage.positions]).sum(1)
 
     def _carried_block(self, targets: Targets) -> RowBlock:
         """Edges from key side to query side of features that the base layer's heads move."""
@@ -192,23 +251,40 @@ class Rows:
     def stages(self, targets: Targets) -> Iterator[Stage]:
         """The covectors of targets on their way down to the cut below them, (B, n_keys, D), stage by stage."""
         n_keys = int(targets.positions.max()) + 1
-        g, high = self._start(targets, n_keys), targets.depth
-        for live in self.linear.passed(targets.depth):
-            yield Stage(live, high, g)
-            g, high = self.linear.pull_past(live, g), live
-        yield Stage(self.linear.floor(targets.depth), high, g)
+        for stage in self._descent(targets):
+            yield replace(stage, g=self._spread(stage, n_keys), positions=None)
 
-    def _start(self, targets: Targets, n_keys: int) -> Tensor:
-        """Covectors (B, n_keys, D) of the stream just below the targets' depth."""
+    def _descent(self, targets: Targets) -> Iterator[Stage]:
+        """The same, (B, D) as long as no attention has spread them."""
+        n_keys = int(targets.positions.max()) + 1
+        g, positions = self._start(targets, n_keys)
+        high = targets.depth
+        for live in self.linear.passed(targets.depth):
+            yield Stage(live, high, g, positions)
+            if positions is None:
+                g = self.linear.pull_past(live, g)
+            else:
+                g, positions = self.linear.pull_local_past(live, g, positions, n_keys), None
+            high = live
+        yield Stage(self.linear.floor(targets.depth), high, g, positions)
+
+    def _start(self, targets: Targets, n_keys: int) -> tuple[Tensor, Tensor | None]:
+        """Covectors (B, n_keys, D), or (B, D) at the positions beside them, of the stream just below the targets."""
         if targets.heads is not None:
             attention = self.linear.attention[targets.attention_layer]
-            return attention.pull_heads(targets.positions, targets.heads, n_keys)
+            return attention.pull_heads(targets.positions, targets.heads, n_keys), None
         assert targets.covectors is not None
         if targets.keys is not None:
             norm = self.linear.recording.attention_norms[targets.attention_layer]
-            return norm.pull(targets.keys[:, :n_keys, None] * targets.covectors[:, None], slice(0, n_keys))
-        g = targets.covectors.new_zeros(len(targets), n_keys, targets.covectors.shape[1])
-        g[torch.arange(len(targets), device=g.device), targets.positions] = targets.covectors
+            return norm.pull(targets.keys[:, :n_keys, None] * targets.covectors[:, None], slice(0, n_keys)), None
+        return targets.covectors, targets.positions
+
+    def _spread(self, stage: Stage, n_keys: int) -> Tensor:
+        """A stage's covectors (B, n_keys, D)."""
+        if stage.positions is None:
+            return stage.g
+        g = stage.g.new_zeros(len(stage.g), n_keys, stage.g.shape[1])
+        g[torch.arange(len(g), device=g.device), stage.positions] = stage.g
         return g
 
     def _start_bias(self, targets: Targets) -> Tensor:
@@ -218,14 +294,23 @@ class Rows:
         attention = self.linear.attention[targets.attention_layer]
         return torch.einsum("bhe,bhe->b", targets.heads, attention.head_bias[targets.positions])
 
-    def _add(self, weights: Tensor, g: Tensor, nodes: Tensor, vectors: Tensor, starts: list[int]) -> None:
-        """Add the products of covectors (B, S, D) with writers at the same positions to the weights."""
-        weights[:, nodes[: starts[g.shape[1]]]] += contract_spread(g, vectors, starts)
+    def pushed(self, live: int) -> Pushed | None:
+        """The writers below the lowest live depth of a reader, pushed up through it; None where they are too many, or
+        the covectors of the sublayer itself are needed."""
+        if live not in self._pushed:
+            self._pushed[live] = self._push(live)
+        return self._pushed[live]
 
-    def _starts(self, nodes: Tensor) -> list[int]:
-        """Where the nodes of each position begin in a list of ascending nodes."""
-        starts: list[int] = torch.searchsorted(nodes.cpu(), torch.tensor(self.table.starts)).tolist()
-        return starts
+    def _push(self, live: int) -> Pushed | None:
+        stretch = self.stretch(self.linear.floor(live), live)
+        n, d_model = stretch.constant.shape
+        many = len(stretch.nodes) > 2 * n or len(stretch.nodes) * n * d_model > PUSHED_BUDGET
+        if many or (live - 1) // 2 in self.linear.replaced_values:
+            return None
+        positions = torch.from_numpy(self.table.position).to(stretch.nodes.device)[stretch.nodes]
+        vectors = self.linear.push_local_past(live, stretch.vectors, positions).flatten(1).T.contiguous()
+        constant = self.linear.push_past(live, stretch.constant[None])[0]
+        return Pushed(stretch.nodes, stretch.starts, vectors, constant)
 
     def stretch(self, low: int, high: int) -> Stretch:
         """Writers of depths `low <= depth < high`, summed for each node."""
@@ -245,14 +330,28 @@ class Rows:
             vectors = constant.new_zeros(len(nodes), constant.shape[1])
             vectors.index_add_(0, inverse, torch.cat([table.writes[depth].vectors for depth in depths]))
         else:
-            nodes, vectors = (
-                torch.zeros(0, dtype=torch.long, device=constant.device),
-                constant.new_zeros(0, constant.shape[1]),
-            )
-        self._stretches[key] = Stretch(nodes, vectors, self._starts(nodes), constant)
+            nodes = torch.zeros(0, dtype=torch.long, device=constant.device)
+            vectors = constant.new_zeros(0, constant.shape[1])
+        self._stretches[key] = self._stretch_of(nodes, vectors, constant)
         while len(self._stretches) > len(self.linear.live_depths) + len(self.linear.replaced_blocks) + 2:
             self._stretches.popitem(last=False)
         return self._stretches[key]
+
+    def _stretch_of(self, nodes: Tensor, vectors: Tensor, constant: Tensor) -> Stretch:
+        numbers = nodes.cpu().numpy()
+        starts = np.searchsorted(numbers, self.table.starts)
+        first = starts[:-1][np.diff(starts) > 0]
+        columns = np.zeros(len(starts), dtype=np.int64)
+        columns[:-1][np.diff(starts) > 0] = numbers[first]
+        together = bool((np.diff(starts) == 0).all()) or bool(
+            (
+                np.repeat(columns[:-1], np.diff(starts))
+                + np.arange(len(numbers))
+                - np.repeat(starts[:-1], np.diff(starts))
+                == numbers
+            ).all()
+        )
+        return Stretch(nodes, vectors, starts.tolist(), columns.tolist() if together else None, constant)
 
 
 def pair_loadings(linear: LinearizedModel, targets: Targets, positions: Tensor, values: Tensor) -> Tensor:

@@ -12,32 +12,33 @@ from torch import Tensor
 def pull_readers(pattern_HSS: Tensor, positions_B: Tensor, u_BHE: Tensor, w_v_KED: Tensor, n_keys: int) -> Tensor:
     """Pull readers of the concatenated head outputs at one position each down to the keys that the heads read.
 
-    Returns (B, n_keys, D): `c[b, s] = sum_h A_h[p_b, s] u[b, h] V_h`.
+    Returns (B, n_keys, D): `c[b, s] = sum_h A_h[p_b, s] u[b, h] V_h`. Each reader goes through each head's values once,
+    whatever the number of keys.
     """
-    n_kv, width, d_model = w_v_KED.shape
-    batch = len(positions_B)
-    a_BKGS = pattern_HSS[:, positions_B, :n_keys].transpose(0, 1).reshape(batch, n_kv, -1, n_keys)
-    u_BKGE = u_BHE.reshape(batch, n_kv, -1, width)
-    c_BSKE = torch.einsum("bkgs,bkge->bske", a_BKGS, u_BKGE)
-    return c_BSKE.reshape(batch, n_keys, n_kv * width) @ w_v_KED.reshape(n_kv * width, d_model)
+    n_kv = len(w_v_KED)
+    batch, n_heads, width = u_BHE.shape
+    u_KBGE = u_BHE.view(batch, n_kv, -1, width).transpose(0, 1).reshape(n_kv, -1, width)
+    w_BHD = (u_KBGE @ w_v_KED).view(n_kv, batch, n_heads // n_kv, -1).transpose(0, 1).reshape(batch, n_heads, -1)
+    return pattern_HSS[:, positions_B, :n_keys].permute(1, 2, 0) @ w_BHD
 
 
-def pull_values(pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, n_kv: int) -> Tensor:
+def pull_values(
+    pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, n_kv: int, scale_S: Tensor | None = None
+) -> Tensor:
     """Pull covectors that stand at every position of an attention output down to the values below it.
 
-    Returns (B, S, K * E): `c[b, s, k] = sum_p sum of heads h of k, A_h[p, s] g[b, p] O_h`.
+    Returns (B, S, K * E): `c[b, s, k] = sum_p sum of heads h of k, A_h[p, s] scale[p] g[b, p] O_h`; without `scale_S`
+    the scale is one.
     """
     n_heads, width, d_model = w_o_HED.shape
     batch, n, _ = g_BSD.shape
-    u_BHSE = (g_BSD @ w_o_HED.reshape(-1, d_model).T).view(batch, n, n_heads, width).transpose(1, 2)
+    u = g_BSD.reshape(batch * n, d_model) @ w_o_HED.reshape(-1, d_model).T
+    if scale_S is not None:
+        u.view(batch, n, -1).mul_(scale_S[:n, None])
+    u_BHSE = u.view(batch, n, n_heads, width).transpose(1, 2)
     c_BHSE = pattern_HSS[:, :n, :n].transpose(1, 2) @ u_BHSE
-    c_BKSE = c_BHSE.reshape(batch, n_kv, -1, n, width).sum(2)
+    c_BKSE = c_BHSE.view(batch, n_kv, -1, n, width).sum(2) if n_kv < n_heads else c_BHSE
     return c_BKSE.transpose(1, 2).reshape(batch, n, n_kv * width)
-
-
-def pull_stream(pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, w_v_KED: Tensor) -> Tensor:
-    """The same down to the normalised stream: (B, S, D), `c[b, s] = sum_h sum_p A_h[p, s] g[b, p] O_h V_h`."""
-    return pull_values(pattern_HSS, g_BSD, w_o_HED, w_v_KED.shape[0]) @ w_v_KED.flatten(0, 1)
 
 
 def push_values(x_NSD: Tensor, w_v_KED: Tensor, n_heads: int) -> Tensor:
@@ -48,10 +49,19 @@ def push_values(x_NSD: Tensor, w_v_KED: Tensor, n_heads: int) -> Tensor:
     return v.expand(*v.shape[:-2], n_heads // n_kv, width).flatten(-3, -2)
 
 
+def push_local(pattern_HSS: Tensor, positions_N: Tensor, v_NHE: Tensor, w_o_HED: Tensor) -> Tensor:
+    """Push head values that stand at one position each up to the attention output everywhere.
+
+    Returns (N, S, D): `y[n, p] = sum_h A_h[p, s_n] v[n, h] O_h`; the adjoint of `pull_readers`.
+    """
+    w_NHD = (v_NHE.transpose(0, 1) @ w_o_HED).transpose(0, 1)
+    return pattern_HSS[:, :, positions_N].permute(2, 1, 0) @ w_NHD
+
+
 def push_stream(pattern_HSS: Tensor, x_NSD: Tensor, w_o_HED: Tensor, w_v_KED: Tensor) -> Tensor:
     """Push writers that stand at every position of the normalised stream up to the attention output.
 
-    Returns (N, S, D): `y[n, p] = sum_h sum_s A_h[p, s] O_h V_h x[n, s]`; the adjoint of `pull_stream`.
+    Returns (N, S, D): `y[n, p] = sum_h sum_s A_h[p, s] O_h V_h x[n, s]`.
     """
     n_heads, _, d_model = w_o_HED.shape
     n = x_NSD.shape[1]

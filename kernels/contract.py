@@ -4,14 +4,20 @@ Shapes: B covectors, N writers sorted by position, S positions, D model width. `
 writers at position s. Only writers and covectors at the same position meet, so no B x N x D array ever exists.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
-def contract_spread(g_BSD: Tensor, writers_ND: Tensor, starts: list[int]) -> Tensor:
-    """Covectors at the first S positions with the writers at each: (B, starts[S])."""
-    n = g_BSD.shape[1]
-    out = g_BSD.new_empty(g_BSD.shape[0], starts[n])
-    for s in range(n):
-        rows = slice(starts[s], starts[s + 1])
-        out[:, rows] = g_BSD[:, s] @ writers_ND[rows].T
-    return out
+def contract_spread(
+    weights_BM: Tensor, g_BSD: Tensor, writers_ND: Tensor, starts: Sequence[int], columns: Sequence[int]
+) -> None:
+    """Add the products of covectors at the first S positions with the writers at each to their columns, in place.
+
+    columns
+        The first column of the writers at each position; the others follow it.
+    """
+    for s in range(g_BSD.shape[1]):
+        first, last = starts[s], starts[s + 1]
+        if last > first:
+            weights_BM[:, columns[s] : columns[s] + last - first].addmm_(g_BSD[:, s], writers_ND[first:last].T)
