@@ -89,6 +89,7 @@ class LinearizedModel:
         }
         self.n_depths = 2 * shape.n_layers + 1
         self._own_patterns: dict[int, Tensor] = {}
+        self._probabilities: dict[int, Tensor] = {}
 
     def _reads_inside_block(self, dictionary: Dictionary) -> bool:
         inside = dictionary.read.site.name in ("attn_out", "z", "v", "resid_mid")
@@ -177,6 +178,13 @@ class LinearizedModel:
     def input_of(self, dictionary: Dictionary) -> Tensor:
         """What a dictionary reads on the recording, (S, d_read)."""
         return self.read(dictionary.read, before_post_norm=dictionary.before_post_norm)
+
+    def output_probabilities(self, position: int) -> Tensor:
+        """Probabilities (V,) of the next token at a position."""
+        if position not in self._probabilities:
+            logits, cap = self.recording.logits(self.model, position), self.model.final_soft_cap
+            self._probabilities[position] = (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
+        return self._probabilities[position]
 
     def own_patterns(self, index: int) -> Tensor:
         """Patterns (G, S, S) that dictionary `index` has of its own."""

@@ -80,6 +80,15 @@ class RowBlock:
     weights: Tensor
     bias: Tensor
 
+    def slim(self) -> "RowBlock":
+        """The same without what the targets read."""
+        return replace(self, targets=replace(self.targets, covectors=None, heads=None, keys=None, carried=None))
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Absolute weights (B, n), and their sum for each target, (B,)."""
+        sizes = self.weights.abs()
+        return sizes, sizes.sum(1).clamp(min=1e-30)
+
     def gaps(self) -> Tensor:
         """The ledger's relative gap of each target, (B,)."""
         largest = self.weights.abs().amax(1) if self.weights.shape[1] else torch.zeros_like(self.bias)

@@ -11,6 +11,9 @@ class TraceSettings:
 
     left_out
         Influence that may stay unexpanded in all; every influence is short by at most this. 0 expands everything.
+    max_targets
+        Compute the rows of so many features only, the most influential as far as is known by then, as circuit-tracer's
+        `max_feature_nodes` does; what has no row is not in the graph. `left_out` is not used then.
     node_threshold, edge_threshold
         Shares of the influence and of the edge scores that the pruned graph keeps.
     max_feature_nodes
@@ -25,6 +28,7 @@ class TraceSettings:
     node_threshold: float = 0.8
     edge_threshold: float = 0.98
     max_feature_nodes: int | None = None
+    max_targets: int | None = None
     unpruned: bool = False
     explain: bool = False
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from circuits.graph.tables import ERROR_KINDS
 from circuits.linearize import LinearizedModel
@@ -61,7 +60,7 @@ class Sweep:
         self.linear, self.table, self.targets = linear, table, targets
         self.rows = Rows(linear, table)
         self.device = table.constants[0].device
-        self.is_error = torch.from_numpy(np.isin(table.kind, ERROR_KINDS)).to(self.device)
+        self.is_error = torch.from_numpy(np.isin(table.kind, ERROR_KINDS)).float().to(self.device)
 
     def run(
         self, left_out: float, *, on_rows: Callable[[RowBlock], None] | None = None, progress: Progress | None = None
@@ -89,10 +88,11 @@ class Sweep:
             if kept.any():
                 for block in self.rows.blocks(build(np.flatnonzero(kept))):
                     at = block.targets.nodes.cpu().numpy()
-                    shares, error_share = self._shares(block)
-                    flow = torch.from_numpy(influence[at] + self.targets.start[at]).to(self.device)
-                    influence[block.sources.cpu().numpy()] += (flow @ shares.double()).cpu().numpy()
-                    complete[at] = 1.0 - error_share.double().cpu().numpy()
+                    sizes, totals = block.sizes()
+                    errors = sizes @ self.is_error[block.sources] / totals
+                    complete[at] = 1.0 - errors.cpu().numpy()
+                    flow = torch.from_numpy(influence[at] + self.targets.start[at]).to(totals) / totals
+                    influence[block.sources.cpu().numpy()] += (flow @ sizes).cpu().numpy()
                     pre_activation[at] = block.targets.values.cpu().numpy()
                     bias[at] = block.bias.cpu().numpy()
                     expanded[at] = True
@@ -102,19 +102,26 @@ class Sweep:
             done += len(nodes)
             if progress is not None:
                 progress(done, in_all)
-        outflow = influence + self.targets.start
-        tokens = float(influence[:n][self.table.kind == "embedding"].sum())
-        errors = float(influence[:n][np.isin(self.table.kind, ERROR_KINDS)].sum())
         return Swept(
             influence=influence,
             pre_activation=pre_activation,
             bias=bias,
             expanded=expanded,
-            replacement_score=tokens / max(tokens + errors, 1e-30),
-            completeness_score=float((complete * outflow).sum() / max(outflow.sum(), 1e-30)),
+            **self.scores(influence, complete),
             max_relative_gap=worst,
             left_out=spent,
         )
+
+    def scores(self, influence: np.ndarray, complete: np.ndarray) -> dict[str, float]:
+        """Replacement and completeness score, from influences and the share of each target's input that is no error."""
+        outflow = influence + self.targets.start
+        sources = influence[: len(self.table)]
+        tokens = float(sources[self.table.kind == "embedding"].sum())
+        errors = float(sources[np.isin(self.table.kind, ERROR_KINDS)].sum())
+        return {
+            "replacement_score": tokens / max(tokens + errors, 1e-30),
+            "completeness_score": float((complete * outflow).sum() / max(outflow.sum(), 1e-30)),
+        }
 
     def rows_of(self, wanted: np.ndarray) -> Iterator[RowBlock]:
         """Rows of some targets only: `wanted` is a mask over nodes and output targets."""
@@ -126,12 +133,6 @@ class Sweep:
     def groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
         """All targets from the top down: ascending numbers of a group, and a function from places in it to readers."""
         return [*self._output_groups(), *self._feature_groups()]
-
-    def _shares(self, block: RowBlock) -> tuple[Tensor, Tensor]:
-        """Each row's absolute weights normalised to one, and the share of them that comes from error nodes."""
-        shares = block.weights.abs()
-        shares /= shares.sum(1, keepdim=True).clamp(min=1e-30)
-        return shares, shares[:, self.is_error[block.sources]].sum(1)
 
     def _output_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
         groups = []

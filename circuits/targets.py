@@ -110,19 +110,13 @@ def expand(linear: LinearizedModel, targets: Sequence[Target]) -> list[Target]:
     expanded: list[Target] = []
     for target in targets:
         if isinstance(target, TopTokens):
-            probabilities = output_probabilities(linear, _place(target.position, linear.recording))
+            probabilities = linear.output_probabilities(_place(target.position, linear.recording))
             top, ids = probabilities.topk(min(AUTOMATIC_COUNT, len(probabilities)))
             count = int((top.cumsum(0) < AUTOMATIC_MASS).sum()) + 1
             expanded += [TokenTarget(int(i), target.position) for i in ids[:count].tolist()]
         else:
             expanded.append(target)
     return expanded
-
-
-def output_probabilities(linear: LinearizedModel, position: int) -> Tensor:
-    """Probabilities (V,) of the next token at a position."""
-    logits, cap = linear.recording.logits(linear.model, position), linear.model.final_soft_cap
-    return (logits if cap is None else cap * torch.tanh(logits / cap)).softmax(-1)
 
 
 def output_readers(linear: LinearizedModel, prompt: Prompt, targets: Sequence[Target]) -> list[Readers]:
@@ -162,7 +156,7 @@ def _describe(
     texts = token_texts(model, named)
     if isinstance(target, TokenDifference):
         return rows[0] - rows[1], target.token_id, " minus ".join(texts), float("nan")
-    probability = float(output_probabilities(linear, position)[target.token_id])
+    probability = float(linear.output_probabilities(position)[target.token_id])
     return rows[0] - model.unembedding_mean, target.token_id, texts[0], probability
 
 

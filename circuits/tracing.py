@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from circuits.assemble import Traced, build_graph, describe, with_heads, with_hops
+from circuits.best_first import BestFirst
 from circuits.errors import CircuitsError
 from circuits.graph import Graph, keep_nodes, prune_edges
 from circuits.head_steps import with_scores
@@ -68,10 +69,15 @@ def trace(
         swept = sweep.run(0.0, on_rows=collected.add, progress=progress)
         kept = np.ones(len(swept.influence), dtype=bool)
     else:
-        swept = sweep.run(settings.left_out, progress=progress)
+        search = None if settings.max_targets is None else BestFirst(sweep)
+        swept = (
+            sweep.run(settings.left_out, progress=progress)
+            if search is None
+            else search.run(settings.max_targets or 0, progress)
+        )
         kept = _kept_nodes(table, swept, listed, settings)
         collected = _Edges(kept)
-        for block in sweep.rows_of(kept & swept.expanded):
+        for block in (search or sweep).rows_of(kept & swept.expanded):
             collected.add(block)
     traced = Traced(linear, table, prepared, listed, swept)
     graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings))
@@ -100,14 +106,14 @@ class _Edges:
         self.pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, block: RowBlock) -> None:
-        columns = block.sources.cpu().numpy()
+        columns, targets = block.sources.cpu().numpy(), block.targets.nodes.cpu().numpy()
         weights = block.weights
         if self.kept is not None:
-            among = self.kept[columns]
-            columns, weights = columns[among], weights[:, torch.from_numpy(among).to(weights.device)]
+            among, mine = np.flatnonzero(self.kept[columns]), np.flatnonzero(self.kept[targets])
+            columns, targets = columns[among], targets[mine]
+            weights = weights[torch.from_numpy(mine).to(weights.device)][:, torch.from_numpy(among).to(weights.device)]
         values = weights.cpu().numpy()
         row, column = np.nonzero(values)
-        targets = block.targets.nodes.cpu().numpy()
         self.pieces.append((columns[column], targets[row], values[row, column]))
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -140,6 +146,8 @@ def _kept_nodes(table: NodeTable, swept: Swept, listed: TargetList, settings: Tr
     always[: len(table)] |= table.kind == "embedding"
     always[len(table) :] = True
     kept = keep_nodes(swept.influence, settings.node_threshold, always)
+    if settings.max_targets is not None:
+        kept[: len(table)] &= (table.dictionary < 0) | swept.expanded[: len(table)]
     if settings.max_feature_nodes is not None:
         features = np.flatnonzero(kept[: len(table)] & (table.dictionary >= 0) & (listed.start[: len(table)] == 0))
         strongest = features[np.argsort(-swept.influence[features], kind="stable")]

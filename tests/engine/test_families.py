@@ -21,7 +21,7 @@ from circuits.model import BaseModel, load_base_model
 from circuits.prompt import prepare
 from circuits.recording import Recording, record
 from circuits.score_weights import ScoreWeights
-from circuits.targets import TopTokens, output_probabilities
+from circuits.targets import TopTokens
 from circuits.tracing import lay_out
 
 NAMES: tuple[FamilyName, ...] = ("gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential")
@@ -54,7 +54,7 @@ def test_probabilities_are_the_model_s(name: FamilyName) -> None:
         torch.testing.assert_close(capped, expected[position], rtol=1e-5, atol=1e-5)
     model = circuits.Model(base, ())
     sweep = lay_out(model, prepare(base, PROMPT), [TopTokens()])
-    found = output_probabilities(sweep.linear, len(PROMPT) - 1)
+    found = sweep.linear.output_probabilities(len(PROMPT) - 1)
     torch.testing.assert_close(found, expected[-1].softmax(-1), rtol=1e-5, atol=1e-6)
 
 
