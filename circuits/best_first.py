@@ -35,8 +35,7 @@ class BestFirst:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.groups = sweep.groups()
-        self.n_features = sum(int((nodes < len(sweep.table)).sum()) for nodes, _ in self.groups)
+        self.groups = sweep.groups
         self.held: list[_Held] = []
         total = len(sweep.table) + sweep.targets.n_outputs
         self.expanded = np.zeros(total, dtype=bool)
@@ -65,12 +64,12 @@ class BestFirst:
         return [held.block for held in self.held if wanted[held.targets].any()]
 
     def _expand(self, wanted: np.ndarray) -> None:
-        for group, (nodes, build) in enumerate(self.groups):
-            chosen = np.flatnonzero(wanted[nodes] & ~self.expanded[nodes])
-            if len(chosen):
-                for block in self.sweep.rows.blocks(build(chosen)):
-                    targets, sources = block.targets.nodes.cpu().numpy(), block.sources.cpu().numpy()
-                    self.held.append(_Held(group, block.slim(), targets, sources))
+        chosen = [np.flatnonzero(wanted[nodes] & ~self.expanded[nodes]) for nodes, _ in self.groups]
+        there = [group for group, places in enumerate(chosen) if len(places)]
+        readers = [self.groups[group][1](chosen[group]) for group in there]
+        for number, block in self.sweep.rows.together(readers):
+            targets, sources = block.targets.nodes.cpu().numpy(), block.sources.cpu().numpy()
+            self.held.append(_Held(there[number], block.slim(), targets, sources))
         self.expanded |= wanted
 
     def _influence(self, present: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:

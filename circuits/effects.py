@@ -22,7 +22,7 @@ def total_effects(sweep: Sweep, progress: Progress | None = None, *, direct: boo
     """
     table, n = sweep.table, len(sweep.table)
     effects = torch.zeros(sweep.targets.n_outputs, n, dtype=torch.float64, device=sweep.device)
-    groups = sweep.groups()
+    groups = sweep.groups
     done, in_all = 0, sum(len(nodes) for nodes, _ in groups)
     for nodes, build in groups:
         for block in sweep.rows.blocks(build(np.arange(len(nodes)))):

@@ -111,7 +111,7 @@ def hop_groups(sweep: Sweep, source: np.ndarray, target: np.ndarray) -> dict[int
     value_layer = np.where(np.isin(table.kind, _VALUES), table.layer, -1)
     lowest: dict[int, np.ndarray] = {}
     found: dict[int, list[HopGroup]] = {}
-    for nodes, build in sweep.groups():
+    for nodes, build in sweep.groups:
         edges = np.flatnonzero(np.isin(target, nodes))
         if not len(edges):
             continue

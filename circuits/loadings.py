@@ -48,7 +48,7 @@ def head_loadings(sweep: Sweep, source: np.ndarray, target: np.ndarray) -> Loadi
     """
     table, pieces = sweep.table, []
     from_values = np.isin(np.append(table.kind, "")[np.minimum(source, len(table))], ("value_feature", "value_error"))
-    for nodes, build in sweep.groups():
+    for nodes, build in sweep.groups:
         edges = np.flatnonzero(np.isin(target, nodes))
         if not len(edges):
             continue

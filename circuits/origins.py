@@ -20,7 +20,7 @@ def token_origins(sweep: Sweep) -> np.ndarray:
     tokens = np.flatnonzero(table.kind == "embedding")
     origins[tokens, table.position[tokens]] = 1.0
     origins[np.flatnonzero(np.isin(table.kind, ERROR_KINDS)), -1] = 1.0
-    for nodes, build in reversed(sweep.groups()):
+    for nodes, build in reversed(sweep.groups):
         for block in sweep.rows.blocks(build(np.arange(len(nodes)))):
             shares = block.weights.abs().double()
             shares /= shares.sum(1, keepdim=True).clamp(min=1e-30)

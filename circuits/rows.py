@@ -10,8 +10,7 @@ pulled.
 Shapes: B targets, S positions, D model width, n nodes.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,12 +22,13 @@ from circuits.kernels.contract import contract_spread
 from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
 from circuits.replacements.movement import HeadLoading
+from circuits.stretches import Stretch, Stretches
 
 SPREAD_BUDGET = 2**20  # numbers in the covectors of a block: they stay in the cache between two products
 ROW_BUDGET = 2**24
+FEWEST = 8  # targets that a block has whatever their length: all writers are read for each block
 PADDING = 1.25  # a block's covectors are as long as its last target needs, by so much more than on average
 SMALL = 256  # covectors that are too few to save any
-PUSHED_BUDGET = 2**24  # numbers in the lowest writers after they were pushed up
 
 
 @dataclass(frozen=True)
@@ -100,43 +100,15 @@ class RowBlock:
 class Stage:
     """Covectors `g` of the stream on their way down, valid for writes of depths `low` to `high` - 1.
 
-    (B, S, D), or (B, D) with `positions` (B,) as long as no attention has spread them.
+    (B, S, D), or (B, D) with `positions` (B,) as long as no attention has spread them. `rows` says which of all the
+    targets on their way they are.
     """
 
     low: int
     high: int
+    rows: slice
     g: Tensor
     positions: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Writers summed over the depths of one stretch: `nodes` (m,) ascending, `starts` by position.
-
-    `columns` has the first node of each position where the others follow it without gaps, else None. `constant` is
-    (S, D).
-    """
-
-    nodes: Tensor
-    vectors: Tensor
-    starts: list[int]
-    columns: list[int] | None
-    constant: Tensor
-
-    def rows(self, position: int) -> slice:
-        """The writers at a position."""
-        return slice(self.starts[position], self.starts[position + 1])
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """The writers of the lowest stretch behind the lowest live sublayer: `nodes` (m,), `starts` by position, `vectors`
-    (S x D, m) and `constant` (S, D)."""
-
-    nodes: Tensor
-    starts: list[int]
-    vectors: Tensor
-    constant: Tensor
 
 
 class Rows:
@@ -144,8 +116,8 @@ class Rows:
 
     def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
         self.linear, self.table = linear, table
-        self._stretches: OrderedDict[tuple[int, int], Stretch] = OrderedDict()
-        self._pushed: dict[int, Pushed | None] = {}
+        self.stretches = Stretches(linear, table)
+        self.device = table.constants[0].device
 
     def blocks(self, targets: Targets) -> Iterator[RowBlock]:
         """Row blocks that together hold every target once, in the order of their positions."""
@@ -176,7 +148,7 @@ class Rows:
         while stop < len(positions):
             n_keys, count = positions[stop] + 1, stop + 1 - start
             needed += n_keys
-            fits = count * n_keys * self.linear.model.shape.d_model <= SPREAD_BUDGET
+            fits = count <= FEWEST or count * n_keys * self.linear.model.shape.d_model <= SPREAD_BUDGET
             fits = fits and count * self.table.starts[n_keys] <= ROW_BUDGET
             fits = fits and (count * n_keys <= PADDING * needed or count * n_keys <= SMALL)
             if not fits and count > 1:
@@ -188,34 +160,69 @@ class Rows:
         assert targets.covectors is not None
         position = int(targets.positions[0])
         first, last = self.table.starts[position], self.table.starts[position + 1]
-        stretch = self.stretch(self.linear.floor(targets.depth), targets.depth)
+        stretch = self.stretches.between(self.linear.floor(targets.depth), targets.depth)
         rows = stretch.rows(position)
         weights = targets.covectors.new_zeros(len(targets), last - first)
         weights[:, stretch.nodes[rows] - first] = targets.covectors @ stretch.vectors[rows].T
         bias = targets.constants + targets.covectors @ stretch.constant[position]
         return RowBlock(targets, torch.arange(first, last, device=weights.device), weights, bias)
 
+    def together(self, groups: Sequence[Targets]) -> Iterator[tuple[int, RowBlock]]:
+        """Row blocks of several groups of targets, and which group each is of.
+
+        Readers of the stream go down together, whatever the depth at which they start: products get larger.
+        """
+        joined: dict[int, list[int]] = {}
+        for number, targets in enumerate(groups):
+            plain = targets.covectors is not None and targets.keys is None
+            if plain and self.linear.passed(targets.depth):
+                joined.setdefault(self.linear.floor(targets.depth), []).append(number)
+            else:
+                yield from ((number, block) for block in self.blocks(targets))
+        for members in joined.values():
+            members.sort(key=lambda number: -groups[number].depth)
+            at = [groups[number].positions.cpu().numpy() for number in members]
+            member = np.repeat(np.arange(len(members)), [len(positions) for positions in at])
+            row = np.concatenate([np.arange(len(positions)) for positions in at])
+            order = np.argsort(np.concatenate(at), kind="stable")
+            start, positions = 0, np.concatenate(at)[order].tolist()
+            while start < len(order):
+                chosen = order[start : self._chunk_end(positions, start)]
+                there = np.unique(member[chosen]).tolist()
+                rows = [torch.from_numpy(row[chosen[member[chosen] == k]]) for k in there]
+                parts = [groups[members[k]].take(index.to(self.device)) for k, index in zip(there, rows, strict=True)]
+                yield from zip((members[k] for k in there), self._spread_blocks(parts), strict=True)
+                start += len(chosen)
+
     def _spread_block(self, targets: Targets) -> RowBlock:
-        n_keys = int(targets.positions[-1]) + 1
-        weights = targets.constants.new_zeros(len(targets), self.table.starts[n_keys])
-        bias = targets.constants + self._start_bias(targets)
-        passed = self.linear.passed(targets.depth)
-        lowest = self.pushed(passed[-1]) if passed else None
-        for stage in self._descent(targets):
-            bias += self._meet(weights, stage, self.stretch(stage.low, stage.high))
-            layer = (stage.low - 1) // 2
-            if stage.low % 2 == 1 and layer in self.linear.replaced_values:
-                g = self.linear.attention[layer].pull_values(self._spread(stage, n_keys))
-                written = self.table.value_writes[layer]
-                stretch = self._stretch_of(written.nodes, written.vectors, self.table.value_constants[layer])
-                bias += self._meet(weights, Stage(stage.low, stage.low, g), stretch)
-            if lowest is not None and stage.low == passed[-1]:
-                g = self._spread(stage, n_keys).flatten(1)
-                nodes = lowest.nodes[: lowest.starts[n_keys]]
-                weights.index_add_(1, nodes, g @ lowest.vectors[: g.shape[1], : len(nodes)])
-                bias += g @ lowest.constant[:n_keys].flatten()
+        return self._spread_blocks([targets])[0]
+
+    def _spread_blocks(self, parts: Sequence[Targets]) -> list[RowBlock]:
+        """Rows of readers of the stream above the same cut, the highest depth first."""
+        n_keys = int(max(part.positions[-1] for part in parts)) + 1
+        bias = torch.cat([part.constants + self._start_bias(part) for part in parts])
+        weights = bias.new_zeros(len(bias), self.table.starts[n_keys])
+        passed = self.linear.passed(parts[0].depth)
+        lowest = self.stretches.pushed(passed[-1]) if passed else None
+        for stages in self._descent(parts, n_keys):
+            for stage in stages:
+                mine, stretch = weights[stage.rows], self.stretches.between(stage.low, stage.high)
+                bias[stage.rows] += self._meet(mine, stage, stretch)
+                layer = (stage.low - 1) // 2
+                if stage.low % 2 == 1 and (values := self.stretches.values(layer)) is not None:
+                    g = self.linear.attention[layer].pull_values(self._spread(stage, n_keys))
+                    bias[stage.rows] += self._meet(mine, replace(stage, g=g, positions=None), values)
+                if lowest is not None and stage.low == passed[-1]:
+                    g = self._spread(stage, n_keys).flatten(1)
+                    nodes = lowest.nodes[: lowest.starts[n_keys]]
+                    mine.index_add_(1, nodes, g @ lowest.vectors[: g.shape[1], : len(nodes)])
+                    bias[stage.rows] += g @ lowest.constant[:n_keys].flatten()
+            if lowest is not None and stages[0].low == passed[-1]:
                 break
-        return RowBlock(targets, torch.arange(weights.shape[1], device=weights.device), weights, bias)
+        sources = torch.arange(weights.shape[1], device=weights.device)
+        sizes = [len(part) for part in parts]
+        split = zip(parts, weights.split(sizes), bias.split(sizes), strict=True)
+        return [RowBlock(part, sources, w, b) for part, w, b in split]
 
     def _meet(self, weights: Tensor, stage: Stage, stretch: Stretch) -> Tensor:
         """Add the products of a stage's covectors with the writers of a stretch to the weights; what they make of its
@@ -260,22 +267,33 @@ class Rows:
     def stages(self, targets: Targets) -> Iterator[Stage]:
         """The covectors of targets on their way down to the cut below them, (B, n_keys, D), stage by stage."""
         n_keys = int(targets.positions.max()) + 1
-        for stage in self._descent(targets):
+        for (stage,) in self._descent([targets], n_keys):
             yield replace(stage, g=self._spread(stage, n_keys), positions=None)
 
-    def _descent(self, targets: Targets) -> Iterator[Stage]:
-        """The same, (B, D) as long as no attention has spread them."""
-        n_keys = int(targets.positions.max()) + 1
-        g, positions = self._start(targets, n_keys)
-        high = targets.depth
-        for live in self.linear.passed(targets.depth):
-            yield Stage(live, high, g, positions)
-            if positions is None:
-                g = self.linear.pull_past(live, g)
-            else:
-                g, positions = self.linear.pull_local_past(live, g, positions, n_keys), None
-            high = live
-        yield Stage(self.linear.floor(targets.depth), high, g, positions)
+    def _descent(self, parts: Sequence[Targets], n_keys: int) -> Iterator[list[Stage]]:
+        """What is on its way between two live sublayers, from the top down: all that came from above, and those parts
+        that start there, (B, D) as long as no attention has spread them."""
+        floor = self.linear.floor(parts[0].depth)
+        passed = self.linear.passed(parts[0].depth)
+        waiting, g, high = list(parts), None, parts[0].depth
+        for live in [*passed, floor]:
+            stages = [] if g is None else [Stage(live, high, slice(0, len(g)), g)]
+            while waiting and waiting[0].depth > live:
+                part = waiting.pop(0)
+                entered = stages[-1].rows.stop if stages else 0
+                rows = slice(entered, entered + len(part))
+                stages.append(Stage(live, part.depth, rows, *self._start(part, n_keys)))
+            yield stages
+            if live == floor:
+                return
+            below = [self._past(live, stage, n_keys) for stage in stages]
+            g, high = below[0] if len(below) == 1 else torch.cat(below), live
+
+    def _past(self, live: int, stage: Stage, n_keys: int) -> Tensor:
+        """A stage's covectors below the live depth that it comes to, (B, n_keys, D)."""
+        if stage.positions is None:
+            return self.linear.pull_past(live, stage.g)
+        return self.linear.pull_local_past(live, stage.g, stage.positions, n_keys)
 
     def _start(self, targets: Targets, n_keys: int) -> tuple[Tensor, Tensor | None]:
         """Covectors (B, n_keys, D), or (B, D) at the positions beside them, of the stream just below the targets."""
@@ -302,65 +320,6 @@ class Rows:
             return torch.zeros_like(targets.constants)
         attention = self.linear.attention[targets.attention_layer]
         return torch.einsum("bhe,bhe->b", targets.heads, attention.head_bias[targets.positions])
-
-    def pushed(self, live: int) -> Pushed | None:
-        """The writers below the lowest live depth of a reader, pushed up through it; None where they are too many, or
-        the covectors of the sublayer itself are needed."""
-        if live not in self._pushed:
-            self._pushed[live] = self._push(live)
-        return self._pushed[live]
-
-    def _push(self, live: int) -> Pushed | None:
-        stretch = self.stretch(self.linear.floor(live), live)
-        n, d_model = stretch.constant.shape
-        many = len(stretch.nodes) > 2 * n or len(stretch.nodes) * n * d_model > PUSHED_BUDGET
-        if many or (live - 1) // 2 in self.linear.replaced_values:
-            return None
-        positions = torch.from_numpy(self.table.position).to(stretch.nodes.device)[stretch.nodes]
-        vectors = self.linear.push_local_past(live, stretch.vectors, positions).flatten(1).T.contiguous()
-        constant = self.linear.push_past(live, stretch.constant[None])[0]
-        return Pushed(stretch.nodes, stretch.starts, vectors, constant)
-
-    def stretch(self, low: int, high: int) -> Stretch:
-        """Writers of depths `low <= depth < high`, summed for each node."""
-        key = (low, high)
-        if key in self._stretches:
-            self._stretches.move_to_end(key)
-            return self._stretches[key]
-        table = self.table
-        depths = [depth for depth in range(low, high) if depth in table.writes]
-        constant = sum((table.constants[depth] for depth in range(low, high)), torch.zeros_like(table.constants[0]))
-        if len(depths) == 1:
-            nodes, vectors = table.writes[depths[0]].nodes, table.writes[depths[0]].vectors
-        elif depths:
-            nodes, inverse = torch.unique(
-                torch.cat([table.writes[depth].nodes for depth in depths]), return_inverse=True
-            )
-            vectors = constant.new_zeros(len(nodes), constant.shape[1])
-            vectors.index_add_(0, inverse, torch.cat([table.writes[depth].vectors for depth in depths]))
-        else:
-            nodes = torch.zeros(0, dtype=torch.long, device=constant.device)
-            vectors = constant.new_zeros(0, constant.shape[1])
-        self._stretches[key] = self._stretch_of(nodes, vectors, constant)
-        while len(self._stretches) > len(self.linear.live_depths) + len(self.linear.replaced_blocks) + 2:
-            self._stretches.popitem(last=False)
-        return self._stretches[key]
-
-    def _stretch_of(self, nodes: Tensor, vectors: Tensor, constant: Tensor) -> Stretch:
-        numbers = nodes.cpu().numpy()
-        starts = np.searchsorted(numbers, self.table.starts)
-        first = starts[:-1][np.diff(starts) > 0]
-        columns = np.zeros(len(starts), dtype=np.int64)
-        columns[:-1][np.diff(starts) > 0] = numbers[first]
-        together = bool((np.diff(starts) == 0).all()) or bool(
-            (
-                np.repeat(columns[:-1], np.diff(starts))
-                + np.arange(len(numbers))
-                - np.repeat(starts[:-1], np.diff(starts))
-                == numbers
-            ).all()
-        )
-        return Stretch(nodes, vectors, starts.tolist(), columns.tolist() if together else None, constant)
 
 
 def pair_loadings(linear: LinearizedModel, targets: Targets, positions: Tensor, values: Tensor) -> Tensor:

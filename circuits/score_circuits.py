@@ -181,7 +181,7 @@ class SideReader:
     def _local(self, depth: int, wanted: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Nodes (m,) at each wanted position, and what they and the named constants add to the stream (m + names, D),
         where nothing passes below the depth: only writers at the position itself."""
-        written = [rows.stretch(self.linear.floor(depth), depth) for rows in (self._nodes, *self._named.values())]
+        written = [rows.stretches.between(self.linear.floor(depth), depth) for rows in (self._nodes, *self._named.values())]
         starts = written[0].starts
         found = []
         for position in wanted:

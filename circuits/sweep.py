@@ -6,6 +6,7 @@ expanded from the top layer down, so the influence of each is final when its tur
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Sweep:
         pre_activation, bias = np.full(total, np.nan), np.full(total, np.nan)
         expanded = np.zeros(total, dtype=bool)
         worst, spent, done = 0.0, 0.0, 0
-        groups = self.groups()
+        groups = self.groups
         in_all = sum(len(nodes) for nodes, _ in groups)
         for place, (nodes, build) in enumerate(groups):
             mass = influence[nodes] + self.targets.start[nodes]
@@ -125,11 +126,12 @@ class Sweep:
 
     def rows_of(self, wanted: np.ndarray) -> Iterator[RowBlock]:
         """Rows of some targets only: `wanted` is a mask over nodes and output targets."""
-        for nodes, build in self.groups():
+        for nodes, build in self.groups:
             kept = np.flatnonzero(wanted[nodes])
             if len(kept):
                 yield from self.rows.blocks(build(kept))
 
+    @cached_property
     def groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
         """All targets from the top down: ascending numbers of a group, and a function from places in it to readers."""
         return [*self._output_groups(), *self._feature_groups()]
@@ -154,8 +156,12 @@ class Sweep:
         nodes, then key-side ones. In a parallel block the first do not read what the others write."""
         groups = []
         table = self.table
-        of_feature = table.dictionary >= 0
-        for index, kind in sorted(set(zip(table.dictionary[of_feature].tolist(), table.kind[of_feature].tolist()))):
+        found = {
+            (index, kind)
+            for index in range(len(self.linear.dictionaries))
+            for kind in np.unique(table.kind[table.dictionary == index]).tolist()
+        }
+        for index, kind in sorted(found):
             nodes = np.flatnonzero((table.dictionary == index) & (table.kind == kind))
             read = self.linear.dictionaries[index].read.site
             is_key_side = kind in ("mtc_key", "value_feature")

@@ -8,6 +8,8 @@ positions that they need. Norms are the caller's: everything here starts and end
 import torch
 from torch import Tensor
 
+KEYS = 256  # positions in a block of keys
+
 
 def pull_readers(pattern_HSS: Tensor, positions_B: Tensor, u_BHE: Tensor, w_v_KED: Tensor, n_keys: int) -> Tensor:
     """Pull readers of the concatenated head outputs at one position each down to the keys that the heads read.
@@ -35,10 +37,14 @@ def pull_values(
     u = g_BSD.reshape(batch * n, d_model) @ w_o_HED.reshape(-1, d_model).T
     if scale_S is not None:
         u.view(batch, n, -1).mul_(scale_S[:n, None])
-    u_BHSE = u.view(batch, n, n_heads, width).transpose(1, 2)
-    c_BHSE = pattern_HSS[:, :n, :n].transpose(1, 2) @ u_BHSE
-    c_BKSE = c_BHSE.view(batch, n_kv, -1, n, width).sum(2) if n_kv < n_heads else c_BHSE
-    return c_BKSE.transpose(1, 2).reshape(batch, n, n_kv * width)
+    u_HSBE = u.view(batch, n, n_heads, width).permute(2, 1, 0, 3).reshape(n_heads, n, batch * width)
+    c_HSBE = u.new_empty(n_heads, n, batch * width)
+    for first in range(0, n, KEYS):  # a key is read by the queries from its own position on
+        keys = slice(first, min(first + KEYS, n))
+        pattern = pattern_HSS[:, first:n, keys].transpose(1, 2)
+        torch.bmm(pattern, u_HSBE[:, first:], out=c_HSBE[:, keys])
+    c_KSBE = c_HSBE.view(n_kv, -1, n, batch * width).sum(1) if n_kv < n_heads else c_HSBE
+    return c_KSBE.view(n_kv, n, batch, width).permute(2, 1, 0, 3).reshape(batch, n, n_kv * width)
 
 
 def push_values(x_NSD: Tensor, w_v_KED: Tensor, n_heads: int) -> Tensor:
