@@ -2,9 +2,9 @@
 
 python benchmarks/run_case.py --case DIR --tokens 16 --max-targets 512 [--out OUT.npz]
 
-Times in seconds: `attribute_s` from the token ids to the rows and influences (recording, encoding, ranking and rows; what
-circuit-tracer's `attribute` does), `graph_s` the same to the pruned graph with head loadings and hop splits. Memory is
-the peak of the resident set, in GiB, as circuit-tracer's runner reports it.
+Times in seconds: `attribute_s` from the token ids to the rows and influences (recording, encoding, ranking and rows;
+what circuit-tracer's `attribute` does), `graph_s` the same to the pruned graph, without hop splits. Memory is the peak
+of the resident set, in GiB, as circuit-tracer's runner reports it.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def main() -> None:
         "completeness_score": swept.completeness_score,
     }
     if not args.no_graph:
-        settings = circuits.TraceSettings(max_targets=args.max_targets, left_out=args.left_out)
+        settings = circuits.TraceSettings(max_targets=args.max_targets, left_out=args.left_out, hops=False)
         begin = time.perf_counter()
         graph = circuits.trace(model, ids, settings=settings)
         report |= {"graph_s": time.perf_counter() - begin, "nodes": len(graph.nodes), "edges": len(graph.edges)}

@@ -7,7 +7,7 @@ others are of what is left. The top-down sweep (`circuits.sweep`) has each influ
 promises what it leaves out; this one promises how many rows it computes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class BestFirst:
         self.sweep = sweep
         self.groups = sweep.groups
         self.held: list[_Held] = []
+        self._below: dict[int, Tensor] = {}
         total = len(sweep.table) + sweep.targets.n_outputs
         self.expanded = np.zeros(total, dtype=bool)
 
@@ -68,9 +69,21 @@ class BestFirst:
         there = [group for group, places in enumerate(chosen) if len(places)]
         readers = [self.groups[group][1](chosen[group]) for group in there]
         for number, block in self.sweep.rows.together(readers):
+            block = self._slim(block)
             targets, sources = block.targets.nodes.cpu().numpy(), block.sources.cpu().numpy()
-            self.held.append(_Held(there[number], block.slim(), targets, sources))
+            self.held.append(_Held(there[number], block, targets, sources))
         self.expanded |= wanted
+
+    def _slim(self, block: RowBlock) -> RowBlock:
+        """A block without the columns of nodes that write at the targets' depth or above: these are zero."""
+        depth, width = block.targets.depth, block.weights.shape[1]
+        if depth not in self._below:
+            self._below[depth] = torch.from_numpy(np.flatnonzero(self.sweep.table.depth < depth)).to(self.sweep.device)
+        below = self._below[depth]
+        if not width or int(block.sources[0]) or int(block.sources[-1]) != width - 1:
+            return block.slim()
+        below = below[: int(torch.searchsorted(below, width))]
+        return replace(block.slim(), sources=below, weights=block.weights[:, below])
 
     def _influence(self, present: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Influence of every node, and the share of each target's input that is no error, over the rows that are held.

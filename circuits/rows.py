@@ -24,7 +24,7 @@ from circuits.nodes import NodeTable
 from circuits.replacements.movement import HeadLoading
 from circuits.stretches import Stretch, Stretches
 
-SPREAD_BUDGET = 2**20  # numbers in the covectors of a block: they stay in the cache between two products
+SPREAD_BUDGET = 2**22  # numbers in the covectors of a block: they should stay in the cache between two products
 ROW_BUDGET = 2**24
 FEWEST = 8  # targets that a block has whatever their length: all writers are read for each block
 PADDING = 1.25  # a block's covectors are as long as its last target needs, by so much more than on average
@@ -118,6 +118,7 @@ class Rows:
         self.linear, self.table = linear, table
         self.stretches = Stretches(linear, table)
         self.device = table.constants[0].device
+        self._numbers = torch.arange(len(table), device=self.device)
 
     def blocks(self, targets: Targets) -> Iterator[RowBlock]:
         """Row blocks that together hold every target once, in the order of their positions."""
@@ -165,7 +166,7 @@ class Rows:
         weights = targets.covectors.new_zeros(len(targets), last - first)
         weights[:, stretch.nodes[rows] - first] = targets.covectors @ stretch.vectors[rows].T
         bias = targets.constants + targets.covectors @ stretch.constant[position]
-        return RowBlock(targets, torch.arange(first, last, device=weights.device), weights, bias)
+        return RowBlock(targets, self._numbers[first:last], weights, bias)
 
     def together(self, groups: Sequence[Targets]) -> Iterator[tuple[int, RowBlock]]:
         """Row blocks of several groups of targets, and which group each is of.
@@ -219,7 +220,7 @@ class Rows:
                     bias[stage.rows] += g @ lowest.constant[:n_keys].flatten()
             if lowest is not None and stages[0].low == passed[-1]:
                 break
-        sources = torch.arange(weights.shape[1], device=weights.device)
+        sources = self._numbers[: weights.shape[1]]
         sizes = [len(part) for part in parts]
         split = zip(parts, weights.split(sizes), bias.split(sizes), strict=True)
         return [RowBlock(part, sources, w, b) for part, w, b in split]

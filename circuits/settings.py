@@ -19,7 +19,9 @@ class TraceSettings:
     max_feature_nodes
         Keep at most so many feature nodes, the strongest first.
     unpruned
-        Keep every node and edge; implies `left_out = 0`, and no hop splits are computed.
+        Keep every node and edge; implies `left_out = 0`.
+    hops
+        Split edges through frozen attention by their first and last hops; a pruned graph's only.
     explain
         Explain the attention scores of the heads that carry the graph's edges (`Graph.scores` and `Graph.pairs`).
     """
@@ -30,6 +32,7 @@ class TraceSettings:
     max_feature_nodes: int | None = None
     max_targets: int | None = None
     unpruned: bool = False
+    hops: bool = True
     explain: bool = False
 
     def __post_init__(self) -> None:

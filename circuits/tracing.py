@@ -84,7 +84,7 @@ def trace(
     if not settings.unpruned:
         graph = prune_edges(graph, settings.edge_threshold)
     graph = with_heads(graph, sweep)
-    if not settings.unpruned:
+    if settings.hops and not settings.unpruned:
         graph = with_hops(graph, sweep)
     return with_scores(graph, sweep, model.qk, progress=progress) if settings.explain else graph
 

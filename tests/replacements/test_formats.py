@@ -157,7 +157,7 @@ def test_decoders_are_read_by_rows_only(tmp_path: Path, monkeypatch: pytest.Monk
     dictionary = load_replacement(tmp_path).dictionaries[0]
     rows = dictionary.decoder_rows(torch.tensor([3, 3, 1]), Site("mlp_out", 2))
     assert torch.equal(rows, decoders[0][[3, 3, 1], 2])
-    assert rows_read == [(2, 2)]
+    assert rows_read == [(3, 2)]
     assert not any("W_dec" in name for name in whole)
 
 
