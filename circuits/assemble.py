@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from circuits import __version__
-from circuits.graph import KINDS, Edges, Graph, Heads, Nodes, cumulative_influence
+from circuits.graph import KINDS, Edges, Graph, Heads, Nodes, cumulative_influence, edge_scores
+from circuits.hop_work import worth_splitting
 from circuits.hops import hop_splits
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
@@ -17,6 +18,9 @@ from circuits.nodes import NodeTable
 from circuits.prompt import Prompt, token_texts
 from circuits.settings import TraceSettings
 from circuits.sweep import Sweep, Swept, TargetList
+
+PATTERN_BYTES = 2**28  # of attention patterns in a graph
+_SORTED_KINDS = np.array(sorted(KINDS))
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,12 @@ def build_graph(
     source, target, weight
         Edges between kept nodes, numbered as in the mask.
     """
-    columns = node_columns(traced)
-    kind = np.array([KINDS.index(kind) for kind in columns["kind"].tolist()])
     chosen = np.flatnonzero(kept)
-    order = np.lexsort([column[chosen] for column in (columns["feature"], columns["position"], kind, columns["layer"])])
-    chosen = chosen[order]
+    columns = node_columns(traced, chosen)
+    kind = np.array([KINDS.index(kind) for kind in columns["kind"].tolist()])
+    order = np.lexsort((columns["feature"], columns["position"], kind, columns["layer"]))
     number = np.full(len(kept), -1)
-    number[chosen] = np.arange(len(chosen))
+    number[chosen[order]] = np.arange(len(chosen))
     source, target = number[source], number[target]
     edge_order = np.lexsort((source, target))
     none = np.zeros(0, dtype=np.int32)
@@ -61,46 +64,49 @@ def build_graph(
         tokens=traced.prompt.tokens,
         token_ids=traced.prompt.token_ids,
         n_layers=traced.linear.model.shape.n_layers,
-        nodes=Nodes(**{name: values[chosen] for name, values in columns.items()}),
+        nodes=Nodes(**{name: values[order] for name, values in columns.items()}),
         edges=Edges(source=source[edge_order], target=target[edge_order], weight=weight[edge_order]),
         heads=Heads(edge=none, layer=none, head=none, key=none, query=none, weight=none.astype(np.float32)),
         metadata=metadata,
     )
 
 
-def node_columns(traced: Traced) -> dict[str, np.ndarray]:
-    """The graph's node columns over the table's nodes and the output targets after them."""
+def node_columns(traced: Traced, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """The graph's node columns of `chosen` (k,), ascending, among the table's nodes and the output targets after."""
     linear, table, swept, targets = traced.linear, traced.table, traced.swept, traced.targets
-    n_outputs = targets.n_outputs
-    is_token = table.kind == "embedding"
-    labels = [""] * len(table)
-    for i, text in zip(np.flatnonzero(is_token), token_texts(linear.model, table.feature[is_token].tolist())):
+    nodes, outputs = chosen[chosen < len(table)], chosen[chosen >= len(table)] - len(table)
+    kind = table.kind[nodes]
+    is_token = kind == "embedding"
+    labels = [""] * len(nodes)
+    for i, text in zip(np.flatnonzero(is_token), token_texts(linear.model, table.feature[nodes[is_token]].tolist())):
         labels[i] = text
     names = np.array([dictionary.name for dictionary in linear.dictionaries] + [""])
 
-    def joined(nodes: np.ndarray, outputs: Sequence[Any]) -> np.ndarray:
-        return np.concatenate([nodes, np.array(outputs, dtype=nodes.dtype)])
+    def joined(column: np.ndarray, of_outputs: Sequence[Any]) -> np.ndarray:
+        return np.concatenate([column, np.array(of_outputs, dtype=column.dtype)])
 
     def of_outputs(field: str) -> list[Any]:
-        return list(chain.from_iterable(getattr(readers, field) for readers in targets.outputs))
+        values = list(chain.from_iterable(getattr(readers, field) for readers in targets.outputs))
+        return [values[i] for i in outputs.tolist()]
 
-    nothing = [np.nan] * n_outputs
-    known = joined(table.pre_activation, nothing)
+    nothing = [np.nan] * len(outputs)
+    known = joined(table.pre_activation[nodes], nothing)
+    unknown = np.full(len(chosen), np.nan, dtype=np.float32)
     return {
-        "kind": np.concatenate([table.kind, np.full(n_outputs, "logit")]),
-        "dictionary": np.concatenate([names[table.dictionary], np.full(n_outputs, "")]),
-        "layer": joined(table.layer, [linear.model.shape.n_layers] * n_outputs),
-        "position": joined(table.position, of_outputs("positions")),
-        "feature": joined(table.feature, of_outputs("token_ids")),
-        "activation": joined(table.activation, nothing),
-        "pre_activation": np.where(swept.expanded, swept.pre_activation, known).astype(np.float32),
-        "bias": swept.bias.astype(np.float32),
-        "influence": swept.influence,
-        "cumulative_influence": cumulative_influence(swept.influence),
-        "target_weight": targets.start,
-        "probability": joined(np.full(len(table), np.nan, dtype=np.float32), of_outputs("probabilities")),
-        "predicted": np.full(len(known), np.nan, dtype=np.float32),
-        "measured": np.full(len(known), np.nan, dtype=np.float32),
+        "kind": np.concatenate([kind, np.full(len(outputs), "logit")]),
+        "dictionary": np.concatenate([names[table.dictionary[nodes]], np.full(len(outputs), "")]),
+        "layer": joined(table.layer[nodes], [linear.model.shape.n_layers] * len(outputs)),
+        "position": joined(table.position[nodes], of_outputs("positions")),
+        "feature": joined(table.feature[nodes], of_outputs("token_ids")),
+        "activation": joined(table.activation[nodes], nothing),
+        "pre_activation": np.where(swept.expanded[chosen], swept.pre_activation[chosen], known).astype(np.float32),
+        "bias": swept.bias[chosen].astype(np.float32),
+        "influence": swept.influence[chosen],
+        "cumulative_influence": cumulative_influence(swept.influence)[chosen],
+        "target_weight": targets.start[chosen],
+        "probability": joined(unknown[: len(nodes)], of_outputs("probabilities")),
+        "predicted": unknown,
+        "measured": unknown.copy(),
         "label": np.array(labels + of_outputs("labels"), dtype=np.str_),
     }
 
@@ -108,21 +114,33 @@ def node_columns(traced: Traced) -> dict[str, np.ndarray]:
 def table_numbers(graph: Graph, sweep: Sweep) -> np.ndarray:
     """(nodes of the graph,) where each stands in the sweep's table, or among the output targets after it; -1 where it
     does not."""
-    nodes, table, linear = graph.nodes, sweep.table, sweep.linear
-    names = [dictionary.name for dictionary in linear.dictionaries] + [""]
-    sources = zip(table.kind, (names[i] for i in table.dictionary), table.layer, table.position, table.feature)
+    nodes, table = graph.nodes, sweep.table
+    names = [dictionary.name for dictionary in sweep.linear.dictionaries] + [""]
+    of_name = {name: i for i, name in enumerate(names)}
+    dictionary = np.array([of_name.get(name, len(names)) for name in nodes.dictionary.tolist()], dtype=np.int64)
+    columns = [
+        (np.searchsorted(_SORTED_KINDS, nodes.kind), np.searchsorted(_SORTED_KINDS, table.kind)),
+        (dictionary, table.dictionary % len(names)),
+        (nodes.layer + 1, table.layer + 1),
+        (nodes.position, table.position),
+        (nodes.feature + 1, table.feature + 1),
+    ]
+    theirs, ours = np.zeros(len(nodes), dtype=np.int64), np.zeros(len(table), dtype=np.int64)
+    for graph_column, table_column in columns:
+        size = 1 + max(int(graph_column.max(initial=0)), int(table_column.max(initial=0)))
+        theirs, ours = theirs * size + graph_column, ours * size + table_column
+    order = np.argsort(ours)
+    at = order[np.searchsorted(ours[order], theirs).clip(max=len(ours) - 1)]
+    found = np.where(ours[at] == theirs, at, -1)
     outputs = [
-        ("logit", label, position, token)
+        (label, position, token)
         for readers in sweep.targets.outputs
         for position, token, label in zip(readers.positions, readers.token_ids, readers.labels, strict=True)
     ]
-    place = {key: i for i, key in enumerate([*sources, *outputs])}
-    columns = (nodes.kind, nodes.dictionary.tolist(), nodes.layer, nodes.position, nodes.feature)
-    keys = [
-        ("logit", label, key[3], key[4]) if key[0] == "logit" else key
-        for label, *key in zip(nodes.label.tolist(), *columns)
-    ]
-    return np.array([place.get(tuple(key), -1) for key in keys], dtype=np.int64)
+    place = {key: len(table) + i for i, key in enumerate(outputs)}
+    for i in np.flatnonzero(nodes.kind == "logit").tolist():
+        found[i] = place.get((str(nodes.label[i]), int(nodes.position[i]), int(nodes.feature[i])), -1)
+    return found
 
 
 def with_heads(graph: Graph, sweep: Sweep) -> Graph:
@@ -133,11 +151,18 @@ def with_heads(graph: Graph, sweep: Sweep) -> Graph:
 
 
 def with_hops(graph: Graph, sweep: Sweep) -> Graph:
-    """The graph with the hop splits of its edges through frozen attention, and the patterns of their heads."""
+    """The graph with the hop splits of its edges through frozen attention, and the patterns of their heads.
+
+    On a long prompt only the strongest edges are split: `metadata["hops"]` then says how many of how many.
+    """
     if not sweep.linear.frozen_attention:
         return graph
-    number = table_numbers(graph, sweep)
-    first, last = hop_splits(sweep, number[graph.edges.source], number[graph.edges.target])
+    ends = table_numbers(graph, sweep)[np.stack([graph.edges.source, graph.edges.target])]
+    chosen = worth_splitting(sweep, *ends, edge_scores(graph.nodes, graph.edges))
+    first, last = (replace(hops, edge=chosen[hops.edge]) for hops in hop_splits(sweep, *ends[:, chosen]))
+    if len(chosen) < len(graph.edges):
+        about = {"edges": len(chosen), "of": len(graph.edges)}
+        graph = replace(graph, metadata={**graph.metadata, "hops": about})
     return _with_patterns(replace(graph, first_hops=_heads(first), last_hops=_heads(last)), sweep, first, last)
 
 
@@ -146,10 +171,21 @@ def _heads(loadings: Loadings) -> Heads:
 
 
 def _with_patterns(graph: Graph, sweep: Sweep, *tables: Loadings) -> Graph:
-    """The graph with the patterns of the base layers' heads that some tables name, beside those that it has."""
-    named = {at for rows in tables for at in zip(rows.layer.tolist(), rows.head.tolist()) if at[1] >= 0}
+    """The graph with the patterns of the base layers' heads that some tables name, beside those that it has.
+
+    Where they would take more than `PATTERN_BYTES`, those of the heads that carry most.
+    """
+    carried: dict[tuple[int, int], float] = {}
+    for rows in tables:
+        heads = np.stack([rows.layer, rows.head], axis=1)[rows.head >= 0]
+        named, place = np.unique(heads, axis=0, return_inverse=True)
+        sizes = np.bincount(place.ravel(), weights=np.abs(rows.weight[rows.head >= 0]), minlength=len(named))
+        for at, size in zip(named.tolist(), sizes.tolist()):
+            carried[at[0], at[1]] = carried.get((at[0], at[1]), 0.0) + size
     recorded = sweep.linear.recording.patterns
-    patterns = {at: recorded[at].cpu().numpy() for at in named - set(graph.patterns)}
+    room = max(0, PATTERN_BYTES // (4 * recorded.shape[-1] ** 2) - len(graph.patterns))
+    wanted = sorted(carried.keys() - graph.patterns.keys(), key=lambda at: -carried[at])
+    patterns = {at: recorded[at].cpu().numpy() for at in wanted[:room]}
     return replace(graph, patterns=dict(sorted({**graph.patterns, **patterns}.items())))
 
 

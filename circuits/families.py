@@ -17,11 +17,13 @@ class Family:
     """The parts of one architecture.
 
     `query`, `key` and `value` may be one fused projection. With the layout "parts", `query_part = (i, n)` takes the
-    i-th of n equal parts of its outputs; with "heads" the same within each head.
+    i-th of n equal parts of its outputs; with "heads" the same within each head; with "sizes" queries, keys and values
+    follow each other, each of its own size.
 
     `gain_offset` is added to the weight of every norm to give its gain. `attention_post_norm` and `mlp_post_norm` stand
-    between a sublayer and the stream. `parallel` names the setting of the configuration that says whether attention and
-    MLP of a block read the same stream.
+    between a sublayer and the stream. `sinks` is a parameter of attention: the score, one a head, of a key that is
+    always there and has no value, so that patterns do not sum to one. `parallel` names the setting of the configuration
+    that says whether attention and MLP of a block read the same stream.
     """
 
     model_type: str
@@ -43,13 +45,14 @@ class Family:
     query_part: tuple[int, int] = (0, 1)
     key_part: tuple[int, int] = (0, 1)
     value_part: tuple[int, int] = (0, 1)
-    fused: Literal["parts", "heads"] = "parts"
+    fused: Literal["parts", "heads", "sizes"] = "parts"
     query_norm: str | None = None
     key_norm: str | None = None
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     gain_offset: float = 0.0
     parallel: str | None = None
+    sinks: str | None = None
     unembedding: str = "lm_head"
 
     @property
@@ -102,6 +105,10 @@ LLAMA = Family(
     norm="rms",
 )
 
+MISTRAL = replace(LLAMA, model_type="mistral")
+
+QWEN2 = replace(LLAMA, model_type="qwen2")
+
 QWEN3 = replace(LLAMA, model_type="qwen3", query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 
 GEMMA2 = replace(
@@ -112,6 +119,29 @@ GEMMA2 = replace(
     mlp_post_norm="post_feedforward_layernorm",
     gain_offset=1.0,
 )
+
+GEMMA = replace(LLAMA, model_type="gemma", gain_offset=1.0)
+
+GEMMA3 = replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+)
+
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    query="self_attn.qkv_proj",
+    key="self_attn.qkv_proj",
+    value="self_attn.qkv_proj",
+    query_part=(0, 3),
+    key_part=(1, 3),
+    value_part=(2, 3),
+    fused="sizes",
+)
+
+GPT_OSS = replace(LLAMA, model_type="gpt_oss", sinks="self_attn.sinks")
 
 GPT_NEOX = Family(
     model_type="gpt_neox",
@@ -136,7 +166,10 @@ GPT_NEOX = Family(
     parallel="use_parallel_residual",
 )
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, QWEN3, GEMMA2, GPT_NEOX)}
+FAMILIES = {
+    family.model_type: family
+    for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, GPT_OSS)
+}
 
 
 def family_of(model_type: str, name: str) -> Family:

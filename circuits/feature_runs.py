@@ -16,7 +16,7 @@ from circuits.changes import Plan, Side, Watched
 from circuits.feature_values import all_sizes, gated, needs_all, pre_activations, strongest, unit, values
 from circuits.linearize import LinearizedModel
 from circuits.replacements.dictionary import Dictionary
-from circuits.replacements.movement import HeadLoading, OwnAttention, rotate
+from circuits.replacements.movement import HeadLoading, OwnAttention
 
 Choice = Literal["anew", "held"]
 
@@ -149,11 +149,8 @@ class FeatureRun:
         columns = None if needs_all(self.dictionary) else self.features
         sent = self._keep("sent", pre_activations(self.dictionary, x, columns))
         places = torch.arange(self.first, self.first + length, device=x.device)
-        q, k = (
-            rotate(torch.einsum("btd,ged->bgte", x, weight) + bias.unsqueeze(1), movement.rotary_theta, places)
-            for weight, bias in ((movement.W_q, movement.b_q), (movement.W_k, movement.b_k))
-        )
-        k = self._keep("keys", k.transpose(1, 2)).transpose(1, 2)
+        q = movement.queries(x, places)
+        k = self._keep("keys", movement.keys(x, places).transpose(1, 2)).transpose(1, 2)
         future = torch.ones(length, k.shape[2], dtype=torch.bool, device=x.device).triu(self.first + 1)
         patterns = (movement.scale * (q @ k.transpose(-1, -2))).masked_fill(future, -torch.inf).softmax(-1)
         group = movement.group.to(x.device) if columns is None else movement.group.to(x.device)[self.features]

@@ -78,6 +78,6 @@ def unit(vectors: Tensor) -> Tensor:
 
 def _blocks(dictionary: Dictionary, x: Tensor) -> Iterator[Tensor]:
     """Pre-activations of all features, for as many positions at once as fit into `BLOCK` entries."""
-    step = max(1, BLOCK // max(1, len(dictionary.W_enc)))
+    step = max(1, BLOCK // max(1, dictionary.encoder.shape[0]))
     for first in range(0, max(1, len(x)), step):
         yield pre_activations(dictionary, x[first : first + step], None)

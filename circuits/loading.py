@@ -6,12 +6,13 @@ from pathlib import Path
 
 from circuits.errors import CircuitsError
 from circuits.graph import Graph
+from circuits.hub import model_folder, name_of, replacement_folder
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel, load_base_model
 from circuits.replacements.dictionary import Replacement
-from circuits.replacements.loading import is_replacement, load_replacement
 from circuits.replacements.formats import qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
+from circuits.replacements.loading import is_replacement, load_replacement
 
 DEFAULT = Path(__file__).resolve().parent / "default"
 EMBEDDED_MODEL = "circuits-default"
@@ -49,9 +50,10 @@ def load(
     Parameters
     ----------
     model
-        A local folder or hub id of a causal LM; by default the embedded model.
+        A local folder or hub id of a causal LM, `owner/repo` or `owner/repo@revision`; by default the embedded model.
     replacement
-        One or several directories of replacements. With the embedded model also a name of what comes with it:
+        One or several directories of replacements, or hub ids of such: `owner/repo@revision:sub/folder` and the other
+        forms of `circuits.hub`. With the embedded model also a name of what comes with it:
         `attention-sae` (the default: CLT and attention output SAEs), `mtc` (CLT and multitoken transcoders),
         `weakly-causal` (features of both types), or `clt` alone. Layers without a replacement stay as they are:
         attention frozen, MLP outputs as error nodes. One directory may be a QK diagonalization: it explains attention
@@ -69,14 +71,20 @@ def load(
     CircuitsError, ReplacementError
         With what is wrong, in which file, and what to do.
     """
-    base = load_base_model(model if model is not None else _embedded("model"), device=device, dtype=dtype)
+    folder = _embedded("model") if model is None else model_folder(model)
+    base = load_base_model(folder, device=device, dtype=dtype)
     if model is None:
         base.name = EMBEDDED_MODEL
+    elif folder != model:
+        base.name = str(model)
     if replacement is None:
         replacement = [] if model is not None else "attention-sae"
     given = [replacement] if isinstance(replacement, str | Path) else replacement
     paths = [path for one in given for path in _paths(one, embedded=model is None)]
     replacements = tuple(load_replacement(path, device) for path in paths if not qk_format.is_qk(path))
+    for found in replacements:
+        if found.name == found.path.name:  # in the hub's cache that is a commit
+            found.name = name_of(found.path) or found.name
     check_replacements(base, replacements)
     return Model(base, replacements, _load_qk(base, [path for path in paths if qk_format.is_qk(path)], model is None))
 
@@ -113,11 +121,11 @@ def _load_qk(base: BaseModel, paths: Sequence[Path], embedded: bool) -> QKReplac
 def _paths(given: str | Path, *, embedded: bool) -> list[Path]:
     """Directories of a replacement that the user named; one that is there goes before a name of the embedded ones.
 
-    A folder that only has such a name, of graphs perhaps, does not.
+    A folder that only has such a name, of graphs perhaps, does not. What is not there may be a hub id.
     """
     if embedded and str(given) in EMBEDDED and not is_replacement(Path(given)):
         return [_embedded(name) for name in EMBEDDED[str(given)]]
-    return [Path(given)]
+    return [replacement_folder(given)]
 
 
 def _embedded(name: str) -> Path:

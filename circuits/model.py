@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ class BaseModel:
             context=int(config.max_position_embeddings),
         )
         self.device = next(lm.parameters()).device
+        self._rotary: dict[str | None, Rotary] = {}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -100,7 +102,10 @@ class BaseModel:
         """Base of the rotary position embedding; None for a model without one."""
         config: Any = self.lm.config
         rotary = getattr(config, "rope_parameters", None)
-        return None if rotary is None else float(rotary["rope_theta"])
+        if rotary is None:
+            return None
+        found = rotary.get("rope_theta") or rotary["full_attention"]["rope_theta"]  # one a layer type in Gemma 3
+        return float(found)
 
     @property
     def parallel(self) -> bool:
@@ -137,7 +142,6 @@ class BaseModel:
         attention: Any = part(self.blocks[layer], family.attention)
         w_q, b_q = self._projection(layer, family.query, family.query_part, shape.n_heads)
         w_k, b_k = self._projection(layer, family.key, family.key_part, shape.n_kv_heads)
-        window = getattr(attention, "sliding_window", None)
         return ScoreWeights(
             w_q=w_q,
             b_q=b_q,
@@ -147,24 +151,46 @@ class BaseModel:
             key_norm=self._head_norm(layer, family.key_norm),
             scale=float(attention.scaling),
             soft_cap=self.attention_soft_cap,
-            window=None if window is None else int(window),
-            rotary=self.rotary,
+            window=self.window(layer),
+            rotary=self.rotary(layer),
         )
 
-    @cached_property
-    def rotary(self) -> Rotary | None:
-        """The model's own rotary tables, over its context."""
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of the layer sees, itself included; None for all before it."""
+        config: Any = self.lm.config
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        slides = kinds is None or kinds[layer] == "sliding_attention"
+        return int(window) if slides and window is not None else None
+
+    def rotary(self, layer: int) -> Rotary | None:
+        """The model's own rotary tables for a layer, over its context."""
         if self.family.rotary is None:
             return None
-        positions = torch.arange(self.shape.context, device=self.device)
-        module: Any = part(self.lm, self.family.rotary)
-        cos, sin = module(torch.zeros(1, device=self.device), positions[None])
-        return Rotary(cos[0].float(), sin[0].float())
+        kinds = getattr(self.lm.config, "layer_types", None)
+        by_kind = "layer_type" in signature(part(self.lm, self.family.rotary).forward).parameters
+        kind = kinds[layer] if kinds is not None and by_kind else None
+        if kind not in self._rotary:
+            positions = torch.arange(self.shape.context, device=self.device)
+            module: Any = part(self.lm, self.family.rotary)
+            options = {} if kind is None else {"layer_type": kind}
+            cos, sin = module(torch.zeros(1, device=self.device), positions[None], **options)
+            columns = self._rotary_width(kind) // cos.shape[-1]  # 2 where a table has one column for a pair
+            self._rotary[kind] = Rotary(cos[0].float().repeat(1, columns), sin[0].float().repeat(1, columns))
+        return self._rotary[kind]
+
+    def _rotary_width(self, kind: str | None) -> int:
+        """How many of a head's dimensions turn."""
+        settings: Any = getattr(self.lm.config, "rope_parameters", None) or {}
+        settings = settings.get(kind, settings)
+        return int(self.shape.d_head * (settings.get("partial_rotary_factor") or 1.0))
 
     def value_columns(self) -> Tensor:
         """(K x E,) which outputs of the module `family.value` are values."""
         shape = self.shape
         index, parts = self.family.value_part
+        if self.family.fused == "sizes":
+            keys = (shape.n_heads + shape.n_kv_heads) * shape.d_head
+            return torch.arange(keys, keys + shape.n_kv_heads * shape.d_head)
         rows = torch.arange(parts * shape.n_kv_heads * shape.d_head)
         if self.family.fused == "heads":
             return rows.view(shape.n_kv_heads, parts, shape.d_head)[:, index].flatten()
@@ -175,8 +201,11 @@ class BaseModel:
         weight, bias = linear_parameters(part(self.blocks[layer], path))
         index, parts = chosen
         width = self.shape.d_head
+        sizes = [self.shape.n_heads * width, self.shape.n_kv_heads * width, self.shape.n_kv_heads * width]
 
         def split(values: Tensor) -> Tensor:
+            if self.family.fused == "sizes":
+                return values.float().split(sizes)[index].reshape(n_heads, width, *values.shape[1:])
             if self.family.fused == "heads":
                 return values.float().reshape(n_heads, parts, width, *values.shape[1:])[:, index]
             return values.float().chunk(parts)[index].reshape(n_heads, width, *values.shape[1:])

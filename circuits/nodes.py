@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 from circuits.graph.tables import ERROR_KINDS
-from circuits.kernels.decode import gather_decode
 from circuits.linearize import LinearizedModel, write_depth
+from circuits.offload import room
 from circuits.replacements.dictionary import Active, Dictionary
 from circuits.replacements.movement import HeadLoading
+from circuits.replacements.sites import Site
+from circuits.replacements.weights import unmap
+
+ROWS = 1024  # decoder rows on their way at a time: they fit into the cache
+GAPS = 1.15  # writers without gaps may be so many times those that write
 
 
 @dataclass(frozen=True)
 class Write:
-    """What some nodes write at one depth: `nodes` (m,) ascending, `vectors` (m, D)."""
+    """What some nodes write at one depth: `nodes` (m,) ascending, `vectors` (m, D), some of them zero."""
 
     nodes: Tensor
     vectors: Tensor
@@ -86,13 +91,18 @@ class NodeTable:
 
 @dataclass
 class _Block:
-    """Nodes of one kind before sorting; `writes` by depth, `values` into the values of the block's layer."""
+    """Nodes of one kind before sorting.
+
+    `sites` has where features write by depth, `writes` vectors that are known at once; errors have neither until what
+    the features write is known. `values` go into the values of the block's layer.
+    """
 
     kind: str
     dictionary: int
     layer: int
     depth: int
     active: Active
+    sites: dict[int, Site] = field(default_factory=dict)
     writes: dict[int, Tensor] = field(default_factory=dict)
     values: Tensor | None = None
 
@@ -100,13 +110,19 @@ class _Block:
     def is_error(self) -> bool:
         return self.kind in ERROR_KINDS
 
+    @property
+    def depths(self) -> set[int]:
+        """Where the block's nodes write to the stream."""
+        return {*self.sites, *self.writes} | ({self.depth} if self.is_error and self.values is None else set())
+
 
 def build_nodes(linear: LinearizedModel, *, first_is_special: bool) -> NodeTable:
     """Encode every dictionary on the recording and lay out nodes, writers, errors and constants."""
     recording = linear.recording
     n = recording.n_positions
     every = torch.arange(n, device=recording.token_ids.device)
-    blocks = [_Block("embedding", -1, -1, 0, _plain(every, recording.token_ids), {0: recording.embedding})]
+    tokens = _Block("embedding", -1, -1, 0, _plain(every, recording.token_ids), writes={0: recording.embedding})
+    blocks = [tokens]
     hidden: dict[int, Active] = {}
     for index, dictionary in enumerate(linear.dictionaries):
         found = _feature_blocks(linear, index, dictionary)
@@ -116,26 +132,18 @@ def build_nodes(linear: LinearizedModel, *, first_is_special: bool) -> NodeTable
                     hidden[index] = block.active.take(block.active.positions == 0)
                 _drop_first(block)
         blocks += found
-    constants = {0: linear.constant(0)}
-    errors = []
-    for depth in range(1, linear.n_depths):
-        constants[depth] = linear.constant(depth)
-        if (error := _stream_error(linear, blocks, depth, constants[depth])) is not None:
-            errors.append(error)
+    constants = {depth: linear.constant(depth) for depth in range(linear.n_depths)}
+    errors = [error for depth in range(1, linear.n_depths) if (error := _stream_error(linear, depth)) is not None]
     value_constants = {}
     for layer in sorted(linear.replaced_values):
         error, value_constants[layer] = _value_error(linear, blocks, layer)
         errors.append(error)
     for error in errors if first_is_special else ():
-        at = value_constants[error.layer] if error.values is not None else constants[error.depth]
-        at = at.clone()
-        at[0] += (error.writes[error.depth] if error.values is None else error.values)[0]
-        if error.values is None:
-            constants[error.depth] = at
-        else:
-            value_constants[error.layer] = at
+        if error.values is not None:
+            value_constants[error.layer] = value_constants[error.layer].clone()
+            value_constants[error.layer][0] += error.values[0]
         _drop_first(error)
-    return _sorted_table([*blocks, *errors], constants, value_constants, hidden, n)
+    return _sorted_table(linear, [*blocks, *errors], constants, value_constants, hidden)
 
 
 def _plain(positions: Tensor, features: Tensor) -> Active:
@@ -165,38 +173,23 @@ def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary)
         blocks.append(_Block("mtc_key", index, layer, 2 * layer + 1, active))
         active = dictionary.move(active, linear.recording.patterns[layer])
         kind = "mtc_query"
-    writes = {}
-    for site in linear.writes_of(dictionary):
-        rows = dictionary.decoder_rows(active.features, site, active.directions)
-        rows = linear.through_output(site, rows, active.positions, before_post_norm=dictionary.before_post_norm)
-        writes[write_depth(site)] = rows * active.activations.unsqueeze(1)
-    depth = min(writes, default=linear.read_depth(dictionary.read.site.name, layer))
-    return [*blocks, _Block(kind, index, layer, depth, active, writes)]
+    sites = {write_depth(site): site for site in linear.writes_of(dictionary)}
+    depth = min(sites, default=linear.read_depth(dictionary.read.site.name, layer))
+    return [*blocks, _Block(kind, index, layer, depth, active, sites)]
 
 
-def _stream_error(linear: LinearizedModel, blocks: Sequence[_Block], depth: int, constant: Tensor) -> _Block | None:
-    """Base output minus replacement output at a depth; None where attention is frozen or a block is replaced whole."""
+def _stream_error(linear: LinearizedModel, depth: int) -> _Block | None:
+    """The errors at a depth, without vectors; None where attention is frozen or a block is replaced whole."""
     layer, is_mlp = divmod(depth - 1, 2)
-    is_block = layer in linear.replaced_blocks
     if not is_mlp and layer not in linear.replaced_attention:
         return None
-    error = linear.base_output(depth) - linear.skip_output(depth) - constant - _written(blocks, depth, constant)
-    kind = "block_error" if is_block else "mlp_error" if is_mlp else "attention_error"
-    every = torch.arange(len(error), device=error.device)
-    return _Block(kind, -1, layer, depth, _plain(every, torch.full_like(every, -1)), {depth: error})
-
-
-def _written(blocks: Sequence[_Block], depth: int, like: Tensor) -> Tensor:
-    """What all feature nodes write at a depth, (S, D)."""
-    total = torch.zeros_like(like)
-    for block in blocks:
-        if block.kind != "embedding" and depth in block.writes:
-            total += _summed(block.active.positions, block.writes[depth], len(like))
-    return total
+    kind = "block_error" if layer in linear.replaced_blocks else "mlp_error" if is_mlp else "attention_error"
+    every = torch.arange(linear.recording.n_positions, device=linear.recording.token_ids.device)
+    return _Block(kind, -1, layer, depth, _plain(every, torch.full_like(every, -1)))
 
 
 def _summed(positions: Tensor, vectors: Tensor, n_positions: int) -> Tensor:
-    return gather_decode(positions, None, torch.ones(len(positions), device=vectors.device), vectors, n_positions)
+    return vectors.new_zeros(n_positions, vectors.shape[1]).index_add_(0, positions, vectors)
 
 
 def _value_error(linear: LinearizedModel, blocks: Sequence[_Block], layer: int) -> tuple[_Block, Tensor]:
@@ -215,12 +208,14 @@ def _value_error(linear: LinearizedModel, blocks: Sequence[_Block], layer: int) 
 
 
 def _sorted_table(
+    linear: LinearizedModel,
     blocks: Sequence[_Block],
     constants: dict[int, Tensor],
     value_constants: dict[int, Tensor],
     hidden: dict[int, Active],
-    n_positions: int,
 ) -> NodeTable:
+    """Number the nodes, and write down what each writes; the errors' vectors and the constants of a special first
+    position come out of that."""
     sizes = [len(block.active) for block in blocks]
     position = torch.cat([block.active.positions for block in blocks]).cpu().numpy()
     feature = torch.cat([block.active.features for block in blocks]).cpu().numpy()
@@ -231,27 +226,32 @@ def _sorted_table(
     rank[order] = np.arange(len(order))
     ends = np.cumsum(sizes)
     numbers = [rank[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    writes: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
-    values: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
-    for block, number in zip(blocks, numbers, strict=True):
-        for at, vectors in block.writes.items():
-            writes.setdefault(at, []).append((number, vectors))
-        if block.values is not None:
-            values.setdefault(block.layer, []).append((number, block.values))
-    device = constants[0].device
+    place = position[order]
+    writes = {}
+    for at in sorted(set().union(*(block.depths for block in blocks))):
+        writing = [(block, number) for block, number in zip(blocks, numbers, strict=True) if at in block.depths]
+        writes[at], constants[at] = _write(linear, writing, at, place, constants[at])
+        if all(max(block.sites, default=0) <= at for block, _ in writing):
+            unmap()
+    values = {
+        layer: [
+            (b, number) for b, number in zip(blocks, numbers, strict=True) if b.values is not None and b.layer == layer
+        ]
+        for layer in linear.replaced_values
+    }
     return NodeTable(
         kind=np.repeat([block.kind for block in blocks], sizes)[order],
         dictionary=np.repeat([block.dictionary for block in blocks], sizes)[order],
         layer=np.repeat([block.layer for block in blocks], sizes)[order],
-        position=position[order],
+        position=place,
         feature=feature[order],
         depth=depth[order],
         activation=torch.cat([block.active.activations.cpu() for block in blocks]).numpy()[order],
         pre_activation=torch.cat([block.active.pre_activations.cpu() for block in blocks]).numpy()[order],
-        starts=np.searchsorted(position[order], np.arange(n_positions + 1)).tolist(),
-        writes={at: _merged(pieces, device) for at, pieces in sorted(writes.items())},
+        starts=np.searchsorted(place, np.arange(linear.recording.n_positions + 1)).tolist(),
+        writes=writes,
         constants=constants,
-        value_writes={layer: _merged(pieces, device) for layer, pieces in sorted(values.items())},
+        value_writes={layer: _value_write(pieces, place) for layer, pieces in sorted(values.items())},
         value_constants=value_constants,
         carried={
             block.dictionary: _carried(block.active, number, hidden.get(block.dictionary))
@@ -262,11 +262,85 @@ def _sorted_table(
     )
 
 
-def _merged(pieces: Sequence[tuple[np.ndarray, Tensor]], device: torch.device) -> Write:
-    nodes = np.concatenate([piece[0] for piece in pieces])
-    ascending = np.argsort(nodes)
-    vectors = torch.cat([piece[1] for piece in pieces])[torch.from_numpy(ascending).to(device)]
-    return Write(torch.from_numpy(nodes[ascending]).to(device), vectors)
+def _write(
+    linear: LinearizedModel,
+    writing: Sequence[tuple[_Block, np.ndarray]],
+    depth: int,
+    position: np.ndarray,
+    constant: Tensor,
+) -> tuple[Write, Tensor]:
+    """What some blocks write at one depth, in the order of their nodes, and what no node carries there.
+
+    Decoder rows go from their file to their place, some at a time, and are summed on the way: what the base model wrote
+    there less that sum is the error, and where the first position is special its part goes to the constant.
+
+    Parameters
+    ----------
+    writing
+        Blocks with the numbers of their nodes, the errors last.
+    position
+        (n,) where all nodes stand.
+    constant
+        (S, D) the biases.
+    """
+    nodes = _without_gaps(np.sort(np.concatenate([number for _, number in writing])), position)
+    vectors = _empty(nodes, [number for _, number in writing], constant.shape[1], constant.device)
+    total = torch.zeros_like(constant)
+    for block, number in writing:
+        at = torch.from_numpy(np.searchsorted(nodes, number)).to(constant.device)
+        if depth in block.writes:
+            vectors[at] = block.writes[depth]
+        elif block.is_error:
+            error = linear.base_output(depth) - linear.skip_output(depth) - constant - total
+            vectors[at] = error[block.active.positions]
+            if len(block.active) < len(error):
+                constant = constant.clone()
+                constant[0] += error[0]
+        else:
+            for first in range(0, len(number), ROWS):
+                some = slice(first, first + ROWS)
+                rows = _decoded(linear, block, depth, some)
+                vectors.index_copy_(0, at[some], rows)
+                total.index_add_(0, block.active.positions[some], rows)
+    return Write(torch.from_numpy(nodes).to(constant.device), vectors), constant
+
+
+def _decoded(linear: LinearizedModel, block: _Block, depth: int, some: slice) -> Tensor:
+    """What some features of a block write at a depth, (m, D)."""
+    dictionary, active, site = linear.dictionaries[block.dictionary], block.active, block.sites[depth]
+    directions = None if active.directions is None else active.directions[some]
+    rows = dictionary.decoder_rows(active.features[some], site, directions)
+    rows = linear.through_output(site, rows, active.positions[some], before_post_norm=dictionary.before_post_norm)
+    return rows.mul_(active.activations[some].unsqueeze(1))
+
+
+def _value_write(pieces: list[tuple[_Block, np.ndarray]], position: np.ndarray) -> Write:
+    """The same for the values of a layer, whose vectors are there already."""
+    nodes = _without_gaps(np.sort(np.concatenate([number for _, number in pieces])), position)
+    blocks = [(block.values, number) for block, number in pieces if block.values is not None]
+    vectors = _empty(nodes, [number for _, number in blocks], blocks[0][0].shape[1], blocks[0][0].device)
+    for values, number in blocks:
+        vectors[torch.from_numpy(np.searchsorted(nodes, number)).to(vectors.device)] = values
+    return Write(torch.from_numpy(nodes).to(vectors.device), vectors)
+
+
+def _empty(nodes: np.ndarray, numbers: Sequence[np.ndarray], width: int, device: torch.device) -> Tensor:
+    """Room for the vectors of some nodes, (m, width), zero for those that are not among the `numbers`."""
+    vectors = room((len(nodes), width), device)
+    gaps = np.ones(len(nodes), dtype=bool)
+    for number in numbers:
+        gaps[np.searchsorted(nodes, number)] = False
+    vectors[torch.from_numpy(np.flatnonzero(gaps)).to(device)] = 0.0
+    return vectors
+
+
+def _without_gaps(nodes: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """At each position all numbers from the first of some nodes, ascending, to the last, if they are not many more."""
+    first = np.flatnonzero(np.diff(position[nodes], prepend=-1))
+    last = np.append(first[1:], len(nodes)) - 1
+    if not len(nodes) or (nodes[last] - nodes[first] + 1).sum() > GAPS * len(nodes):
+        return nodes
+    return np.concatenate([np.arange(a, b + 1) for a, b in zip(nodes[first], nodes[last], strict=True)])
 
 
 def _carried(active: Active, number: np.ndarray, hidden: Active | None) -> Carried:

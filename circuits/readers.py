@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.errors import CircuitsError
 from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
+from circuits.replacements import Dictionary
 from circuits.replacements.movement import OwnAttention
 from circuits.rows import Targets
 
@@ -38,10 +40,28 @@ def feature_targets(linear: LinearizedModel, table: NodeTable, index: int, nodes
     if isinstance(dictionary.moved_by, OwnAttention):
         group = dictionary.moved_by.group.to(device)[features]
         keys = linear.own_patterns(index)[group, plain.positions]
-        bias = linear.recording.attention_norms[layer].bias
-        per_key = constants if bias is None else constants + readers @ bias
-        return replace(plain, constants=per_key * keys.sum(1), covectors=readers, keys=keys)
+        readers, constants = behind_gain(linear, dictionary, readers, constants)
+        return replace(plain, constants=constants * keys.sum(1), covectors=readers, keys=keys)
     return _plain_reader(linear, index, plain, readers, constants)
+
+
+def behind_gain(
+    linear: LinearizedModel, dictionary: Dictionary, readers: Tensor, constants: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Readers (..., D) of what lies behind the attention's norm, with its gain, but without its bias; and constants.
+
+    `readers` and `constants` (...) are those of a dictionary, which may read the norm without gain and bias: there each
+    entry is divided by the gain.
+    """
+    norm = linear.recording.attention_norms[dictionary.layer]
+    if dictionary.read.norm == "full":
+        return readers, constants if norm.bias is None else constants + readers @ norm.bias
+    if bool((norm.gain == 0).any()):
+        raise CircuitsError(
+            f"{dictionary.source}: {dictionary.name} reads {dictionary.read}, before the gain of a norm that is zero "
+            "in places; such a dictionary has no place in a trace"
+        )
+    return readers / norm.gain, constants
 
 
 def _plain_reader(linear: LinearizedModel, index: int, plain: Targets, readers: Tensor, constants: Tensor) -> Targets:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from circuits.capturing import capturing
 from circuits.families import part
 from circuits.model import BaseModel
+from circuits.offload import room
 from circuits.replacements.sites import ReadSite
 
 
@@ -134,7 +135,7 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         for path in filter(None, (family.attention_post_norm, family.mlp_post_norm)):
             before(part(block, path), path)
     before(part(model.lm, family.final_norm), "final")
-    inside: dict[str, Tensor] = {}
+    inside = _Layers(len(blocks))
     embedding_module = part(model.lm, family.embedding)
     wanted = [f"{name}.{layer}" for name in ("q", "k", "pattern") for layer in range(len(blocks))]
     try:
@@ -145,10 +146,9 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         for handle in handles:
             handle.remove()
     shape = model.shape
-    stacked = {name: torch.stack(kept[name]) for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z")}
+    stacked = {name: torch.stack(kept.pop(name)) for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z")}
     for name, site, heads in (("queries", "q", shape.n_heads), ("keys", "k", shape.n_kv_heads)):
-        flat = torch.stack([inside[f"{site}.{layer}"][0] for layer in range(len(blocks))])
-        stacked[name] = flat.view(*flat.shape[:-1], heads, -1)
+        stacked[name] = inside.all[site].unflatten(-1, (heads, -1))
 
     def norms(path: str | None, inputs: Iterable[Tensor]) -> tuple[NormRecord, ...]:
         if path is None:
@@ -159,7 +159,7 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
     return Recording(
         token_ids=token_ids,
         embedding=embedding[0],
-        patterns=torch.stack([inside[f"pattern.{layer}"][0] for layer in range(len(blocks))]),
+        patterns=inside.all["pattern"],
         attention_norms=norms(family.attention_norm, stacked["resid_pre"]),
         mlp_norms=norms(family.mlp_norm, stacked["resid_mid"]),
         attention_post_norms=norms(family.attention_post_norm, before_post),
@@ -169,6 +169,25 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         resid_final=output.last_hidden_state[0].float(),
         **stacked,
     )
+
+
+class _Layers(dict[str, Tensor]):
+    """Takes what `capturing` finds in attention, and puts all layers of a site into one tensor as they come.
+
+    Patterns of a long prompt are many times the rest of the recording: no layer of them is held twice.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        super().__init__()
+        self.n_layers = n_layers
+        self.all: dict[str, Tensor] = {}
+
+    def __setitem__(self, site: str, value: Tensor) -> None:
+        name, _, layer = site.partition(".")
+        if layer.isdigit():  # "q.0:none" is "q.0" under another name
+            if name not in self.all:
+                self.all[name] = room((self.n_layers, *value.shape[1:]), value.device)
+            self.all[name][int(layer)] = value[0]
 
 
 @contextmanager

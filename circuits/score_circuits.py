@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from circuits.errors import CircuitsError
 from circuits.graph import NAMED_CONSTANTS, OWN_HEAD
 from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable
 from circuits.pushed_parts import PushedParts
-from circuits.replacements.movement import OwnAttention, rotate
+from circuits.readers import behind_gain
+from circuits.replacements.movement import OwnAttention
 from circuits.rows import RowBlock, Rows, Targets
 from circuits.score_weights import ScoreWeights
 
@@ -101,14 +103,18 @@ class OwnScoreCircuit(ScoreCircuit):
         assert isinstance(own, OwnAttention)
         # A name of its own among the layer's key projections.
         self.linear, self.layer, self.head, self.keys_of = linear, owner.layer, OWN_HEAD, -1 - id(self)
-        self.theta = own.rotary_theta
+        self.own = own
         group = int(own.group[feature])
-        self.query = Projection(own.W_q[group], own.b_q[group], None, own.scale)
-        self.key = Projection(own.W_k[group], own.b_k[group], None, 1.0)
+        norms = [None if gain is None else (gain[group], own.norm_eps) for gain in (own.q_gain, own.k_gain)]
+        bias = linear.recording.attention_norms[self.layer].bias
+        sides = []
+        for rows, constants in ((own.W_q[group], own.b_q[group]), (own.W_k[group], own.b_k[group])):
+            weight, constant = behind_gain(linear, owner, rows, constants)
+            sides.append((weight, constant if bias is None else constant - weight @ bias))
+        self.query = Projection(*sides[0], norms[0], own.scale)
+        self.key = Projection(*sides[1], norms[1], 1.0)
         x = linear.read(owner.read)
-        q = rotate(x @ own.W_q[group].T + own.b_q[group], own.rotary_theta)
-        k = rotate(x @ own.W_k[group].T + own.b_k[group], own.rotary_theta)
-        self.scores = own.scale * (q @ k.T)
+        self.scores = own.scale * (own.queries(x)[group] @ own.keys(x)[group].T)
         self.secant = torch.ones_like(self.scores)
         self.pattern = linear.own_patterns(dictionary)[group]
 
@@ -116,13 +122,18 @@ class OwnScoreCircuit(ScoreCircuit):
         return torch.ones(query + 1, dtype=torch.bool, device=self.scores.device)
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotate(x, self.theta, positions)
+        return self.own.turn(x, positions)
 
 
 class SideReader:
     """Splits queries and keys of one prompt into the parts that nodes make of them."""
 
     def __init__(self, linear: LinearizedModel, table: NodeTable) -> None:
+        if linear.model.family.sinks is not None:
+            raise CircuitsError(
+                f"{linear.model.name}: attention scores of {linear.model.family.model_type} cannot be explained yet: "
+                "its attention sinks take part of every pattern; trace without --explain"
+            )
         self.linear, self.table = linear, table
         parts = constant_parts(linear, table)
         self._constants = parts
@@ -181,7 +192,8 @@ class SideReader:
     def _local(self, depth: int, wanted: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Nodes (m,) at each wanted position, and what they and the named constants add to the stream (m + names, D),
         where nothing passes below the depth: only writers at the position itself."""
-        written = [rows.stretches.between(self.linear.floor(depth), depth) for rows in (self._nodes, *self._named.values())]
+        low = self.linear.floor(depth)
+        written = [rows.stretches.between(low, depth) for rows in (self._nodes, *self._named.values())]
         starts = written[0].starts
         found = []
         for position in wanted:
@@ -264,7 +276,8 @@ def _finished(
 ) -> Tensor:
     """Parts (C, n, E) at positions (n,) after QK-norm, turn and scale; `sizes` parts at a time stand together."""
     if projections[0].norm is not None:
-        gain, epsilon = projections[0].norm
+        gain = torch.stack([p.norm[0] for p in projections if p.norm is not None]).unsqueeze(1)
+        epsilon = projections[0].norm[1]
         whole = torch.split(parts, list(sizes) or [parts.shape[1]], dim=1)
         size = [part.double().sum(1).square().mean(-1, keepdim=True).expand(-1, part.shape[1]) for part in whole]
         parts = parts * (gain * (torch.cat(size, dim=1) + epsilon).rsqrt().float().unsqueeze(-1))

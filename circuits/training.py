@@ -14,9 +14,9 @@ from circuits.kinds import Places, Settings, build_module
 from circuits.model import BaseModel
 from circuits.qk_evaluation import qk_figures
 from circuits.replacements.dictionary import Replacement
-from circuits.replacements.loading import load_replacement
 from circuits.replacements.formats import native, qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
+from circuits.replacements.loading import load_replacement
 from circuits.replacements.parallel import Processes
 from circuits.replacements.side_by_side import SideBySide
 from circuits.replacements.training import Reports, TrainingSettings, train

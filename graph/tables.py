@@ -180,7 +180,7 @@ class Nodes(Table):
         probability: Probability of a logit's token, nan elsewhere.
         predicted: Change of the target when this node is ablated, as the graph predicts it; nan where not tested.
         measured: The same change as it was measured in the base model; nan where not tested.
-        label: Text of a token, "" for features and errors.
+        label: Text of a token; what is known about a feature, mostly ""; "" for errors.
 
     Raises:
         GraphError: A column is misshapen or of the wrong type, or a kind is unknown.

@@ -21,22 +21,24 @@ A replacement is all the dictionaries that stand in one directory.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from circuits.kernels.encode import Activation, encode, gate
+from circuits.kernels.encode import Activation, encode
 from circuits.kernels.move import mix, move_features
+from circuits.replacements.encoding import Encoder, blocks, encode_blocks, read
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.movement import HeadLoading, Movement, OwnAttention
 from circuits.replacements.processing import Processing
 from circuits.replacements.sites import ReadSite, Site
-from circuits.replacements.weights import Rows
+from circuits.replacements.weights import HeldTensor, Rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Decoder:
         return self.rows.rows(torch.arange(self.rows.shape[0]), column=self.column)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Dictionary:
     """One dictionary: `encode`, and rows of its encoder and decoders.
 
@@ -97,8 +99,10 @@ class Dictionary:
     activation, threshold
         `threshold` is (F,) or one number, for the activations that have one.
     W_enc, b_enc
-        (F, D) and (F,), float32. If the dictionary subtracts its output bias from its input (as an SAE may),
-        `b_enc` has `- W_enc @ b_dec` folded in already, so that `pre = W_enc @ x + b_enc` always.
+        (F, D) and (F,), float32. `W_enc` may be given as `Rows` that stay in their file: it reads as a tensor all the
+        same, but encoding takes a block of features at a time, and `encoder_rows` the rows asked for. If the dictionary
+        subtracts its output bias from its input (as an SAE may), `b_enc` has `- W_enc @ b_dec` folded in already, so
+        that `pre = W_enc @ x + b_enc` always.
     decoders
         Write site -> its rows, read lazily.
     output_biases
@@ -120,7 +124,7 @@ class Dictionary:
     read: ReadSite
     writes: tuple[Site, ...]
     activation: Activation
-    W_enc: Tensor
+    W_enc: Encoder = Encoder()  # noqa: RUF009 - a descriptor, one for all
     b_enc: Tensor
     decoders: Mapping[Site, Decoder]
     output_biases: Mapping[Site, Tensor] = field(default_factory=dict)
@@ -137,11 +141,22 @@ class Dictionary:
 
     @property
     def n_features(self) -> int:
-        return self.W_enc.shape[0] // self.rank
+        return self.encoder.shape[0] // self.rank
 
     @property
     def d_read(self) -> int:
-        return self.W_enc.shape[1]
+        return self.encoder.shape[1]
+
+    @property
+    def encoder(self) -> Rows:
+        """The encoder by rows (F r, d_read), wherever it is."""
+        found: Rows = self.__dict__["_encoder"]
+        return found
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the encoder is in memory."""
+        return isinstance(self.encoder, HeldTensor)
 
     def encode(self, x: Tensor) -> Active:
         """Active features for `x` (T, d_read); computed in float32 where the encoder is, returned where x is.
@@ -154,26 +169,32 @@ class Dictionary:
                 f"{self.source}: dictionary {self.name} reads {self.read} of width {self.d_read}, "
                 f"but was given a tensor of shape {tuple(x.shape)}; it was trained for another model"
             )
-        entries = self._entries(x.to(self.W_enc))
+        entries = self._entries(x.to(self.b_enc))
         active = Active(*(None if entry is None else entry.to(x.device) for entry in entries))  # type: ignore[arg-type]
         if isinstance(self.moved_by, HeadLoading) and self.moved_by.context_k is not None:
             return _strongest_features(active, self.moved_by.context_k, self.n_features)
         return active
 
     def _entries(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        if self.rank == 1 and not isinstance(self.moved_by, OwnAttention):
+        own = isinstance(self.moved_by, OwnAttention)
+        if self.is_held and self.rank == 1 and not own:
             return encode(x, self.W_enc, self.b_enc, self.activation, self.threshold)
-        pre = torch.addmm(self.b_enc, x, self.W_enc.T)
-        if isinstance(self.moved_by, OwnAttention):
-            patterns = self.moved_by.patterns(x)
-            pre = mix(patterns, pre.view(len(x), self.n_features, self.rank), self.moved_by.group).flatten(1)
-        if self.rank == 1:
-            return gate(pre, self.activation, self.threshold)
-        pre = pre.view(len(x), self.n_features, self.rank)
-        size = pre.norm(dim=-1)
-        positions, features, activations, sizes = gate(size, self.activation, self.threshold)
-        directions = pre[positions, features] / sizes.unsqueeze(1)
-        return positions, features, activations, sizes, directions
+        if self.activation.kind == "topk" and self.rank > 1:
+            parts = iter([(slice(0, self.n_features), self.W_enc)])
+        else:
+            parts = blocks(self.encoder, len(x), self.rank, x.device)
+        return encode_blocks(self._pre_activations(x, parts), self.activation, self.threshold, self.rank)
+
+    def _pre_activations(self, x: Tensor, parts: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        """Pre-activations (T, f, r) of blocks of features, moved where the dictionary has patterns of its own."""
+        patterns = self.moved_by.patterns(x) if isinstance(self.moved_by, OwnAttention) else None
+        for block, weights in parts:
+            bias = self.b_enc[block.start * self.rank : block.stop * self.rank]
+            pre = torch.addmm(bias, x, weights.T).view(len(x), -1, self.rank)
+            if patterns is not None:
+                assert isinstance(self.moved_by, OwnAttention)
+                pre = mix(patterns, pre, self.moved_by.group[block])
+            yield block, pre
 
     def move(self, active: Active, pattern: Tensor) -> Active:
         """What arrives at the destinations, for features that the base layer's heads move (`HeadLoading`).
@@ -196,7 +217,9 @@ class Dictionary:
 
     def encoder_rows(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
         """(n, d_read): `encoder_rows @ x + encoder_bias` is the pre-activation. `directions` (n, r) for rank r > 1."""
-        return _along(self.W_enc[self._rows(features).to(self.W_enc.device)], directions)
+        index = self._rows(features)
+        rows = read(self.encoder, index.flatten(), self.b_enc.device)
+        return _along(rows.view(*index.shape, self.d_read), directions)
 
     def encoder_bias(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
         """(n,)."""
@@ -210,10 +233,8 @@ class Dictionary:
                 f"{', '.join(str(write) for write in self.writes)}"
             )
         decoder = self.decoders[site]
-        unique, inverse = torch.unique(features.cpu(), return_inverse=True)
-        rows = decoder.rows.rows(self._rows(unique).flatten(), column=decoder.column)
-        rows = rows.to(self.W_enc.device).view(len(unique), self.rank, rows.shape[-1])
-        return _along(rows[inverse.to(self.W_enc.device)], directions)
+        rows = decoder.rows.rows(self._rows(features.cpu()).flatten(), column=decoder.column).to(self.b_enc.device)
+        return _along(rows.view(len(features), self.rank, rows.shape[-1]), directions)
 
     def _rows(self, features: Tensor) -> Tensor:
         """(n, r): rows of each feature."""
@@ -274,6 +295,19 @@ class Replacement:
                 while block := stream.read(1 << 20):
                     digest.update(block)
         return digest.hexdigest()
+
+    def hold_encoders(self, memory: int) -> int:
+        """Take encoders that are still in their files into memory, one after another, as long as they fit.
+
+        memory
+            Bytes that all encoders in memory may take. Returns what is left of it.
+        """
+        for dictionary in self.dictionaries:
+            size = 4 * prod(dictionary.encoder.shape)
+            if dictionary.is_held or size <= memory:
+                dictionary.W_enc = dictionary.W_enc
+                memory -= size
+        return max(0, memory)
 
     def check(self, n_layers: int, d_model: int, d_z: int, d_v: int) -> None:
         """Raise `ReplacementError` unless every dictionary fits a model of this shape.

@@ -16,8 +16,9 @@ import torch
 
 from circuits.replacements.dictionary import Replacement
 from circuits.replacements.errors import ReplacementError
+from circuits.replacements.memory import free_memory
 
-ADAPTERS = ("native", "circuit_tracer")
+ADAPTERS = ("native", "circuit_tracer", "openmoss")
 
 
 def adapter_of(path: Path) -> Any:
@@ -34,10 +35,16 @@ def is_replacement(path: Path) -> bool:
     return path.is_dir() and adapter_of(path) is not None
 
 
-def load_replacement(path: str | Path, device: str | torch.device = "cpu") -> Replacement:
+def load_replacement(path: str | Path, device: str | torch.device = "cpu", memory: int | None = None) -> Replacement:
     """Read the replacement in the directory `path`; its format is told by its content.
 
-    Encoders and biases are loaded whole as float32 to `device`, decoders stay in their files.
+    Biases are loaded whole as float32 to `device`, decoders stay in their files, and so do encoders that do not fit.
+
+    Parameters
+    ----------
+    memory
+        Bytes on the device that encoders may take; of those that do not fit a block at a time is read for encoding, and
+        later the rows of active features. By default half of what is free.
 
     Raises
     ------
@@ -53,4 +60,5 @@ def load_replacement(path: str | Path, device: str | torch.device = "cpu") -> Re
         known = "; ".join(f"{adapter.LOOKED_FOR} ({adapter.NAME})" for adapter in adapters)
         raise ReplacementError(f"{path}: no replacement of a known format here; looked for {known}")
     replacement: Replacement = adapter.load(path, str(device))
+    replacement.hold_encoders(free_memory(device) // 2 if memory is None else memory)
     return replacement

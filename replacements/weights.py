@@ -8,6 +8,7 @@ prompt. Nothing is unpickled.
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,12 +98,13 @@ class LazyTensor:
         """The whole tensor. For encoders and biases; decoders are read through `rows`."""
         if 0 in self.shape:
             return torch.zeros(self.shape)
-        return self._to_float32(np.array(self._map()))
+        dtype = np.dtype(NUMPY_TYPES[self.dtype])
+        values = np.fromfile(self.path, dtype, count=prod(self.shape), offset=self.offset)
+        return self._to_float32(values.reshape(self.shape))
 
-    def _map(self) -> "np.memmap[Any, Any]":
-        return np.memmap(
-            self.path, dtype=np.dtype(NUMPY_TYPES[self.dtype]), mode="r", offset=self.offset, shape=self.shape
-        )
+    def _map(self) -> "np.ndarray[Any, Any]":
+        file = self.path.stat()
+        return _mapped(self.path, (file.st_ino, file.st_mtime_ns, file.st_size), self.dtype, self.shape, self.offset)
 
     def _to_float32(self, values: "np.ndarray[Any, Any]") -> Tensor:
         if self.dtype not in FLOATS:
@@ -112,13 +114,27 @@ class LazyTensor:
             )
         if self.dtype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        result = torch.from_numpy(np.array(values, dtype=np.float32))
-        if not torch.isfinite(result).all():
+        result = torch.from_numpy(values.astype(np.float32, copy=False))
+        # A sum is finite only if all terms are; large ones may overflow it, so the terms then decide.
+        if not torch.isfinite(result.sum()) and not torch.isfinite(result).all():
             raise ReplacementError(
                 f"{self.path}: tensor {self.name!r} holds NaN or infinite values; "
                 "the file is damaged or its training diverged: take another checkpoint"
             )
         return result
+
+
+@lru_cache(maxsize=1024)
+def _mapped(
+    path: Path, _version: tuple[int, ...], dtype: str, shape: tuple[int, ...], offset: int
+) -> "np.ndarray[Any, Any]":
+    """A tensor's part of its file in memory; kept until `unmap`, for a new mapping has to find every page again."""
+    return np.asarray(np.memmap(path, dtype=np.dtype(NUMPY_TYPES[dtype]), mode="r", offset=offset, shape=shape))
+
+
+def unmap() -> None:
+    """Let go of the files that rows were read from: what was read of them counts as this process's memory."""
+    _mapped.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from circuits.story import KIND_NAMES, position_name
 
 POSITIVE, NEGATIVE, QUIET = "dodger_blue2", "dark_orange3", "grey50"
 
+LABEL = 40  # characters of a feature's label that are shown
+
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -62,7 +64,7 @@ def prediction_table(graph: Graph) -> Table:
             Text(node_name(graph, node), style="bold"),
             position_name(graph, int(nodes.position[node])),
             "" if np.isnan(probability) else f"{probability:.3f}",
-            f"{nodes.pre_activation[node]:.3f}",
+            "" if np.isnan(nodes.pre_activation[node]) else f"{nodes.pre_activation[node]:.3f}",
         )
     return table
 
@@ -73,9 +75,11 @@ def feature_table(graph: Graph, limit: int) -> Table:
     nodes = graph.nodes
     features = np.flatnonzero(nodes.is_feature)
     for node in features[np.argsort(-nodes.influence[features], kind="stable")][:limit]:
-        style = "" if nodes.kind[node] == "mlp_feature" else "medium_purple1"
+        name = Text(node_name(graph, node), style="" if nodes.kind[node] == "mlp_feature" else "medium_purple1")
+        if label := visible(str(nodes.label[node])):
+            name.append("\n  " + (label if len(label) <= LABEL else label[: LABEL - 1] + "…"), style=QUIET)
         table.add_row(
-            Text(node_name(graph, node), style=style),
+            name,
             position_name(graph, int(nodes.position[node])),
             f"{nodes.activation[node]:.2f}",
             f"{nodes.influence[node]:.4f}",
@@ -125,6 +129,8 @@ def summary(graph: Graph) -> Text:
     frozen = [str(layer) for layer, state in enumerate(data.get("attention", [])) if state == "frozen"]
     if frozen:
         text.append(f"\nattention frozen in layers {', '.join(frozen)}: heads are those of an edge's last hop")
+    if doubtful := len(data.get("ambiguous_links", ())):
+        text.append(f"\n{doubtful} links of the file name a feature and an error alike, and are shown as the error's")
     return text
 
 

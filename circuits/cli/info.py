@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 @click.command("info", short_help="Describe a model or a replacement.")
 @click.argument("what", required=False)
 def command(what: str | None) -> None:
-    """Describe WHAT: a model (folder or hub id) or a replacement (folder). Default: the embedded model and its own."""
+    """Describe WHAT: a model or a replacement (folder or hub id). Default: the embedded model and its own."""
     from circuits.cli.trace import quiet_libraries
+    from circuits.hub import replacement_folder
     from circuits.loading import load
-    from circuits.model import load_base_model
     from circuits.replacements.loading import load_replacement
 
     quiet_libraries()
@@ -25,10 +25,18 @@ def command(what: str | None) -> None:
         _describe_model(model.base)
         for replacement in model.replacements:
             _describe_replacement(replacement)
-    elif Path(what).is_dir() and not (Path(what) / "config.json").is_file():
-        _describe_replacement(load_replacement(what))
+    elif _is_model(what):
+        _describe_model(load(what).base)
     else:
-        _describe_model(load_base_model(what))
+        _describe_replacement(load_replacement(replacement_folder(what)))
+
+
+def _is_model(what: str) -> bool:
+    from circuits.hub import has_model
+    from circuits.replacements.loading import is_replacement
+
+    path = Path(what)
+    return (path / "config.json").is_file() and not is_replacement(path) if path.is_dir() else has_model(what)
 
 
 def _describe_model(model: "BaseModel") -> None:

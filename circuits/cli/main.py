@@ -15,7 +15,10 @@ _COMMANDS = {
     "partners": ("circuits.cli.partners", "List the features that a feature meets whatever the prompt."),
     "show": ("circuits.cli.show", "Show a saved graph as tables."),
     "render": ("circuits.cli.render", "Write a saved graph as SVG, DOT, GraphML, JSON or npz."),
+    "label": ("circuits.cli.label", "Label a saved graph's features from Neuronpedia."),
+    "upload": ("circuits.cli.upload", "Upload a saved graph to Neuronpedia."),
     "info": ("circuits.cli.info", "Describe a model or a replacement."),
+    "convert": ("circuits.cli.convert", "Write a replacement in our format or circuit-tracer's."),
     "train": ("circuits.cli.train", "Train a replacement on text."),
 }
 

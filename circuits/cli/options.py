@@ -17,7 +17,7 @@ def model_options(command: Command) -> Command:
                 "--replacement",
                 "replacements",
                 multiple=True,
-                help="Directory, or of the embedded model: attention-sae, mtc, weakly-causal, clt; may be repeated.",
+                help="Directory or hub id; with the embedded model attention-sae, mtc, weakly-causal, clt. Repeatable.",
             ),
             click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
             click.option("--dtype", help="float32, bfloat16 or float16 for the weights. Default: as stored."),

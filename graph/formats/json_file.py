@@ -43,6 +43,8 @@ from circuits.graph.tables import ERROR_KINDS, FEATURE_KINDS, SPECIAL_HEADS
 FORMAT = 1
 # Keys of the metadata that the schema gives a meaning to, so that the graph's own value cannot stand there.
 REQUIRED = ("slug", "scan", "prompt", "prompt_tokens", "schema_version")
+# What is pinned and grouped in a viewer; a graph that was saved by one has its own as `metadata["qParams"]`.
+VIEW: dict[str, Any] = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
 # The schema has no other types. A block's error goes with the MLP's: both stand at the top of their layer.
 FEATURE_TYPES = {
     "embedding": "embedding",
@@ -77,10 +79,10 @@ def write(graph: Graph, path: Path) -> None:
 
 
 def read(path: Path) -> Graph:
-    """Read a graph that `write` has written.
+    """Read a graph that `write` has written, or another tool in Neuronpedia's schema.
 
     Raises:
-        GraphError: The file is missing, truncated, no JSON, or no graph of ours.
+        GraphError: The file is missing, truncated, no JSON, or no graph.
     """
     from circuits.graph.formats.json_reader import read as read_graph
 
@@ -107,7 +109,7 @@ def dumps(graph: Graph) -> str:
     parts = [
         f'"graph": {_text("graph", head)}',
         f'"metadata": {_text("metadata", _metadata(graph))}',
-        '"qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}',
+        f'"qParams": {_text("qParams", {**VIEW, **_dict(graph.metadata.get("qParams"))})}',
         f'"nodes": {_lines("nodes", _nodes(graph, names))}',
         f'"links": {_lines("links", _links(graph, names))}',
         f'"qk": {_lines("qk", to_lists(graph))}',
@@ -128,6 +130,10 @@ def _text(name: str, value: object) -> str:
         raise GraphError(
             f"{name} cannot be written as JSON ({error}). Keep only text, finite numbers, lists and dictionaries."
         ) from error
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _lines(name: str, items: Iterable[dict[str, Any]]) -> str:

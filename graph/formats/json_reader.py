@@ -1,4 +1,8 @@
-"""Reads `graph.json`; what stands in it is described in `circuits.graph.formats.json_file`."""
+"""Reads `graph.json`; what stands in it is described in `circuits.graph.formats.json_file`.
+
+A graph of another tool in Neuronpedia's schema is recognised by its content, and read by
+`circuits.graph.formats.neuronpedia_reader`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from circuits.graph.errors import GraphError
+from circuits.graph.formats.neuronpedia_reader import from_neuronpedia, is_neuronpedia
 from circuits.graph.formats.qk import from_lists
 from circuits.graph.formats.rows import HEAD_TABLES, LATER_COLUMNS
 from circuits.graph.formats.whole_file import read_whole
@@ -17,20 +22,22 @@ from circuits.graph.tables import NODE_COLUMNS, Edges, Float32, Heads, Nodes
 
 
 def read(path: Path) -> Graph:
-    """Read a graph from its JSON file.
+    """Read a graph from its JSON file, ours or one in Neuronpedia's schema.
 
     Raises:
-        GraphError: The file is missing, truncated, no JSON, or no graph of ours.
+        GraphError: The file is missing, truncated, no JSON, or no graph.
     """
     try:
         content = json.loads(read_whole(path))
     except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise GraphError(f"{path}: is no complete JSON file ({error}). Trace the prompt again.") from error
+    if is_neuronpedia(content):
+        return _foreign(path, content)
     for key, kind in (("graph", dict), ("metadata", dict), ("nodes", list), ("links", list), ("patterns", dict)):
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise GraphError(
                 f"{path}: key {key!r} is missing or no {kind.__name__}; expected a graph.json that `circuits` has "
-                "written. Graphs of other tools lack what is needed to load them."
+                "written, or a graph in Neuronpedia's schema with metadata.prompt_tokens, nodes and links."
             )
     try:
         return _graph(content)
@@ -40,6 +47,20 @@ def read(path: Path) -> Graph:
         raise GraphError(f"{path}: a graph, node, link or score lacks the key {error}. Trace again.") from error
     except (TypeError, ValueError, OverflowError, IndexError) as error:
         raise GraphError(f"{path}: has a value of the wrong type ({error}). Trace the prompt again.") from error
+
+
+def _foreign(path: Path, content: dict[str, Any]) -> Graph:
+    """A graph of another tool."""
+    try:
+        return from_neuronpedia(content)
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise GraphError(
+            f"{path}: the metadata, a node or a link lacks the key {error} of Neuronpedia's schema."
+        ) from error
+    except (TypeError, ValueError, OverflowError, IndexError) as error:
+        raise GraphError(f"{path}: has a value that Neuronpedia's schema does not allow ({error}).") from error
 
 
 def _graph(content: dict[str, Any]) -> Graph:

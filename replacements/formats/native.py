@@ -16,7 +16,9 @@ patterns of width E (`HeadLoading` and `OwnAttention` in replacements/movement.p
 
     "moved_by": {"kind": "head-loading", "context_k": 512}                        loading (F, H + 1)
     "moved_by": {"kind": "own-attention", "scale": 0.25, "rotary_theta": null}    W_q, W_k (G, E, D)   b_q, b_k (G, E)
-                                                                                  group (F,)
+                                                                                  group (F,), and where it has them
+                                                                                  rotary_speeds (E / 2,)
+                                                                                  q_gain, k_gain (G, E) with "norm_eps"
 
 With `subtracts_output_bias` the encoder reads x minus the output bias of the first write site. Matrices may be
 float32, float16 or bfloat16; vectors are always float32. All write sites of one dictionary have the same width.
@@ -91,14 +93,14 @@ def _dictionary(path: Path, entry: dict[str, Any], device: str) -> Dictionary:
     n_features, rank = int(entry["n_features"]), int(entry.get("rank", 1))
     n_rows = n_features * rank
     d_read = tensors.lazy("W_enc", (n_rows, "D")).shape[1]
-    W_enc, b_enc = tensors.whole("W_enc", (n_rows, d_read)), tensors.whole("b_enc", (n_rows,))
+    W_enc, b_enc = tensors.lazy("W_enc", (n_rows, d_read)), tensors.whole("b_enc", (n_rows,))
     rows = tensors.lazy("W_dec", (n_rows, len(writes), "D'"))
     d_write = rows.shape[2]
     biases = {site: tensors.whole(f"b_dec.{site}", (d_write,)) for site in writes if f"b_dec.{site}" in tensors}
     if entry.get("subtracts_output_bias"):
         if writes[0] not in biases:
             raise ReplacementError(f"{tensors.path}: tensor 'b_dec.{writes[0]}' is missing, shape ({d_write},)")
-        b_enc = b_enc - W_enc @ biases[writes[0]]
+        b_enc = b_enc - W_enc.all().to(b_enc.device) @ biases[writes[0]]
     return Dictionary(
         name=str(entry["name"]),
         kind=str(entry["kind"]),
@@ -138,6 +140,10 @@ def _movement(tensors: Tensors, entry: dict[str, Any], n_features: int, d_read: 
             group=tensors.whole("group", (n_features,)).long(),
             scale=float(moved["scale"]),
             rotary_theta=None if theta is None else float(theta),
+            rotary_speeds=tensors.optional("rotary_speeds", ("E / 2",)),
+            q_gain=tensors.optional("q_gain", weights[:2]),
+            k_gain=tensors.optional("k_gain", weights[:2]),
+            norm_eps=float(moved.get("norm_eps", 1e-6)),
         )
     raise ReplacementError(f"{tensors.path}: unknown movement {moved['kind']!r}; expected head-loading, own-attention")
 
@@ -237,8 +243,10 @@ def _describe_movement(dictionary: Dictionary, dtype: torch.dtype) -> tuple[dict
         return {"loading": movement.weights.float()}, {"kind": "head-loading", "context_k": movement.context_k}
     matrices = {"W_q": movement.W_q.to(dtype), "W_k": movement.W_k.to(dtype)}
     vectors = {"b_q": movement.b_q.float(), "b_k": movement.b_k.float(), "group": movement.group.float()}
+    more = {"rotary_speeds": movement.rotary_speeds, "q_gain": movement.q_gain, "k_gain": movement.k_gain}
+    vectors |= {name: tensor.float() for name, tensor in more.items() if tensor is not None}
     entry = {"kind": "own-attention", "scale": movement.scale, "rotary_theta": movement.rotary_theta}
-    return matrices | vectors, entry
+    return matrices | vectors, entry | {"norm_eps": movement.norm_eps}
 
 
 @contextmanager

@@ -162,6 +162,8 @@ class Paths:
             row = reference._directions[target] @ rows[feature]
             if isinstance(dictionary.moved_by, OwnAttention):
                 pattern = reference.own_patterns[dictionary.name][int(dictionary.moved_by.group[feature]), position]
+                if dictionary.read.norm == "scale":  # paths come out of the norm with its gain
+                    row = row / self.weights.norm_weights("attention", layer)[0]
                 return _Reader(2 * layer, position, own=(pattern, row))
             if dictionary.read.site.name == "attn_out":
                 if not dictionary.before_post_norm:

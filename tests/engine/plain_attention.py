@@ -61,20 +61,31 @@ def own_patterns(movement: OwnAttention, read: Tensor) -> Tensor:
     found = torch.zeros(len(movement.W_q), len(read), len(read), dtype=torch.float64)
     for g in range(len(movement.W_q)):
         queries, keys = (
-            _turned(read @ weight[g].double().T + bias[g].double(), movement.rotary_theta)
-            for weight, bias in ((movement.W_q, movement.b_q), (movement.W_k, movement.b_k))
+            _turned(_normed(read @ weight[g].double().T + bias[g].double(), gain, g, movement.norm_eps), movement)
+            for weight, bias, gain in (
+                (movement.W_q, movement.b_q, movement.q_gain),
+                (movement.W_k, movement.b_k, movement.k_gain),
+            )
         )
         for p in range(len(read)):
             found[g, p, : p + 1] = (movement.scale * keys[: p + 1] @ queries[p]).softmax(0)
     return found
 
 
-def _turned(x: Tensor, theta: float | None) -> Tensor:
-    """Rotary position: as complex numbers x_i + i x_{i + E/2}, multiplied by exp(i p theta^(-2i/E))."""
-    if theta is None:
-        return x
+def _normed(x: Tensor, gain: Tensor | None, group: int, epsilon: float) -> Tensor:
+    """Queries or keys of a group over their root mean square, times the gain, if there is one."""
+    return x if gain is None else x / (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt() * gain[group].double()
+
+
+def _turned(x: Tensor, movement: OwnAttention) -> Tensor:
+    """Rotary position: as complex numbers x_i + i x_{i + E/2}, multiplied by exp(i p v_i), v_i = theta^(-2i/E)."""
     half = x.shape[-1] // 2
-    speed = theta ** (-torch.arange(half).double() / half)
+    if movement.rotary_speeds is not None:
+        speed = movement.rotary_speeds.double()
+    elif movement.rotary_theta is not None:
+        speed = movement.rotary_theta ** (-torch.arange(half).double() / half)
+    else:
+        return x
     angle = torch.outer(torch.arange(len(x)).double(), speed)
     turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], -1)

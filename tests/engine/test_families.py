@@ -5,7 +5,9 @@ What the linearized model makes of them is in `test_reference.py` and `test_ledg
 
 from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -24,7 +26,16 @@ from circuits.score_weights import ScoreWeights
 from circuits.targets import TopTokens
 from circuits.tracing import lay_out
 
-NAMES: tuple[FamilyName, ...] = ("gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential")
+NAMES = get_args(FamilyName)
+POST_NORMS = ("gemma2", "gemma3")
+WINDOWS = {
+    "gemma2": {3, None},
+    "gemma3": {3, None},
+    "qwen2": {3, None},
+    "gpt_oss": {3, None},
+    "mistral": {3},
+    "phi3": {3},
+}
 POSITIONS = torch.arange(len(PROMPT))
 
 
@@ -69,7 +80,7 @@ def test_streams_add_up(name: FamilyName) -> None:
         mid = recording.resid_pre[layer] + (0 if base.parallel else recording.attn_out[layer])
         torch.testing.assert_close(recording.resid_mid[layer], mid, rtol=1e-5, atol=1e-5)
         post = recording.post_norm(layer)
-        assert (post is None) == (recording.attn_before is None) == (name != "gemma2")
+        assert (post is None) == (recording.attn_before is None) == (name not in POST_NORMS)
         if post is not None and recording.attn_before is not None:
             behind = post.apply(recording.attn_before[layer], slice(None))
             torch.testing.assert_close(behind, recording.attn_out[layer], rtol=1e-5, atol=1e-5)
@@ -92,9 +103,13 @@ def test_queries_and_keys_give_the_patterns(name: FamilyName) -> None:
             scores = weights.soft_cap * torch.tanh(scores / weights.soft_cap)
         distance = POSITIONS[:, None] - POSITIONS
         seen = (distance >= 0) & (distance < (weights.window or len(PROMPT)))
-        pattern = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if base.family.sinks is not None:  # one more key, without a value
+            sinks = attrgetter(base.family.sinks)(base.blocks[layer]).view(-1, 1, 1).expand(-1, len(PROMPT), 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        pattern = scores.softmax(-1)[..., : len(PROMPT)]
         torch.testing.assert_close(pattern, recording.patterns[layer], rtol=1e-5, atol=1e-6)
-    assert windows == ({3, None} if name == "gemma2" else {None})
+    assert windows == WINDOWS.get(name, {None})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,3 +162,10 @@ def test_a_mixture_before_and_behind_a_post_norm_is_traced_but_not_run() -> None
     assert graph.metadata["ledger"]["max_relative_gap"] < 1e-5
     with pytest.raises(CircuitsError, match=r"write mlp_out\.1, some before its post-norm"):
         cross_entropy(model.base, (mixed,), [case.token_ids])
+
+
+def test_scores_with_sinks_are_not_explained() -> None:
+    """A sink's share of a pattern is no key's: `explain` says so instead of leaving it out."""
+    base = recorded("gpt_oss")[0]
+    with pytest.raises(CircuitsError, match="attention sinks"):
+        circuits.trace(circuits.Model(base, ()), PROMPT, settings=circuits.TraceSettings(explain=True))

@@ -1,13 +1,14 @@
 """Everything adds up: incoming edges plus bias give the pre-activation, head loadings give the edge."""
 
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from plain_attention import IDENTITY, OWN
 from plain_reference import Pass, Reference
-from tiny_models import CASES, MOVING, N_HEADS, Case, Key, build, keys
+from tiny_models import CASES, MOVING, N_HEADS, Case, FamilyName, Key, build, keys
 
 import circuits
 from circuits.graph import Graph
@@ -64,7 +65,7 @@ def test_ledger_closes(name: str) -> None:
     assert (np.abs(total[is_target]) > 1e-3).mean() > 0.9
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "neox_sequential", "gemma2"])
+@pytest.mark.parametrize("family", get_args(FamilyName))
 @pytest.mark.parametrize("seed", range(100, 106))
 def test_ledger_closes_for_any_seed(family: str, seed: int) -> None:
     """Random models of every family with a mix of everything: a CLT, or skips, over z, attn_out and a frozen layer."""

@@ -13,12 +13,24 @@ from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -31,7 +43,10 @@ from circuits.model import BaseModel
 from circuits.replacements import Dictionary, Replacement
 from circuits.replacements.sites import Norm
 
-FamilyName = Literal["gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential"]
+FamilyName = Literal[
+    "gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential",
+    "llama3", "mistral", "qwen2", "gemma", "gemma3", "phi3", "gpt_oss",
+]  # fmt: skip
 N_LAYERS, D_MODEL, N_HEADS, VOCABULARY, BOS = 3, 16, 4, 11, 0
 PROMPT = (BOS, 3, 7, 1, 3, 10)
 
@@ -148,6 +163,8 @@ MOVING = {
     "llama_value": Case("llama", moved=everywhere("value"), activation="topk", special=False, seed=48),
     "llama_value_over_frozen": Case("llama", mlp="skip", moved=("value.1",), attention={2: "z"}, seed=49),
     "llama_lorsa": Case("llama", moved=everywhere("lorsa-rotary"), seed=50),
+    "llama_lorsa_published": Case("llama", moved=everywhere("lorsa-published"), seed=80),
+    "gpt2_lorsa_published": Case("gpt2", mlp_layers=(), moved=("lorsa-published.1", "own.2"), special=False, seed=81),
     "gpt2_own": Case("gpt2", moved=("lorsa.0", "own.1", "own-rank2.2"), special=False, seed=51),
     "gpt2_own_over_frozen": Case("gpt2", mlp="transcoder", moved=("own-rank2.1", "lorsa.2"), seed=52),
     "gpt2_mixed": Case("gpt2", moved=("value.0", "mtc.1"), attention={2: "attn_out"}, special=False, seed=53),
@@ -238,6 +255,37 @@ def random_lm(family: str, generator: torch.Generator) -> nn.Module:
         lm = Gemma2ForCausalLM(
             Gemma2Config(**common, **grouped, **caps, sliding_window=3, query_pre_attn_scalar=5, pad_token_id=BOS)
         )
+    elif family == "llama3":
+        stretched = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8}  # fmt: skip
+        lm = LlamaForCausalLM(LlamaConfig(**common, **grouped, rope_parameters=stretched, tie_word_embeddings=True))
+    elif family == "mistral":
+        lm = MistralForCausalLM(MistralConfig(**common, **grouped, sliding_window=3))
+    elif family == "qwen2":
+        kinds = ["full_attention", "sliding_attention", "full_attention"]
+        lm = Qwen2ForCausalLM(
+            Qwen2Config(**common, **grouped, use_sliding_window=True, sliding_window=3, layer_types=kinds)
+        )
+    elif family == "gemma":
+        lm = GemmaForCausalLM(GemmaConfig(**common, **grouped, pad_token_id=BOS))
+    elif family == "gemma3":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        turns = {"full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+                 "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}  # fmt: skip
+        lm = Gemma3ForCausalLM(
+            Gemma3TextConfig(**common, **grouped, sliding_window=3, layer_types=kinds, rope_parameters=turns,
+                             query_pre_attn_scalar=5, pad_token_id=BOS)
+        )  # fmt: skip
+    elif family == "phi3":
+        lm = Phi3ForCausalLM(Phi3Config(**common, intermediate_size=24, num_key_value_heads=2,
+                                        sliding_window=3, pad_token_id=BOS))  # fmt: skip
+    elif family == "gpt_oss":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        lm = GptOssForCausalLM(
+            GptOssConfig(**common, **grouped, sliding_window=3, layer_types=kinds, num_local_experts=3,
+                         num_experts_per_tok=2, pad_token_id=BOS,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1000.0})
+        )  # fmt: skip
     else:
         rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
         parallel = family == "neox"
@@ -247,9 +295,9 @@ def random_lm(family: str, generator: torch.Generator) -> nn.Module:
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            is_gain = parameter.ndim == 1 and not name.endswith("bias")
+            is_gain = parameter.ndim == 1 and not name.endswith(("bias", "sinks"))
             spread = 0.5 if parameter.ndim == 1 or "embed" in name or "wte" in name or "wpe" in name else 0.35
-            one = 0.0 if family == "gemma2" else 1.0  # Gemma keeps its gains less one
+            one = 0.0 if family.startswith("gemma") else 1.0  # Gemma keeps its gains less one
             parameter.copy_(one + 0.3 * drawn if is_gain else spread * drawn)
     return lm
 

@@ -112,6 +112,15 @@ class Maker:
         made = self._dictionary(f"own.{layer}", read, writes, kind=kind, rank=rank, moved_by=movement)
         return replace(made, kind="lorsa" if kind == "topk" else "attention-layer")
 
+    def published(self, layer: int) -> Dictionary:
+        """A Lorsa as OpenMOSS has them: behind the norm without its gain, with QK-norms and speeds of its own."""
+        made = self.own(layer)
+        assert isinstance(made.moved_by, OwnAttention)
+        q_gain, k_gain = (1 + self._draw(3, 4, scale=0.4) for _ in range(2))
+        speeds = torch.tensor([0.7, 0.0])
+        moved_by = replace(made.moved_by, rotary_speeds=speeds, q_gain=q_gain, k_gain=k_gain, norm_eps=0.05)
+        return replace(made, read=ReadSite(Site("resid_pre", layer), "scale"), moved_by=moved_by)
+
     def _later(self, site: str, layer: int) -> list[Site]:
         return [Site(site, later) for later in range(layer, self.sizes.n_layers)]
 
@@ -189,6 +198,7 @@ MOVED_KINDS: dict[str, Callable[[Maker, int], Dictionary]] = {
     "residual-rank2": lambda maker, layer: maker.multitoken(layer, target="resid_post", rank=2),
     "value": Maker.value,
     "lorsa": Maker.own,
+    "lorsa-published": Maker.published,
     "lorsa-rotary": lambda maker, layer: maker.own(layer, rotary=True),
     "own": lambda maker, layer: maker.own(layer, kind="identity", rotary=True),
     "own-rank2": lambda maker, layer: maker.own(layer, rank=2),

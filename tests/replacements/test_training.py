@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from circuits.kernels.decode import gather_decode
+from circuits.replacements import Replacement, load_replacement
 from circuits.replacements.attention_sae import AttentionSAE
 from circuits.replacements.checkpoints import read_log
 from circuits.replacements.clt import CrossLayerTranscoder
 from circuits.replacements.coder import Coder, CoderSettings, JumpSettings
-from circuits.replacements import Replacement, load_replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats import native
 from circuits.replacements.sites import Site
