@@ -205,7 +205,7 @@ class BaseModel:
 
         def split(values: Tensor) -> Tensor:
             if self.family.fused == "sizes":
-                return values.float().split(sizes)[index].reshape(n_heads, width, *values.shape[1:])
+                return torch.split(values.float(), sizes)[index].reshape(n_heads, width, *values.shape[1:])
             if self.family.fused == "heads":
                 return values.float().reshape(n_heads, parts, width, *values.shape[1:])[:, index]
             return values.float().chunk(parts)[index].reshape(n_heads, width, *values.shape[1:])

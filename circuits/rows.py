@@ -222,7 +222,7 @@ class Rows:
                 break
         sources = self._numbers[: weights.shape[1]]
         sizes = [len(part) for part in parts]
-        split = zip(parts, weights.split(sizes), bias.split(sizes), strict=True)
+        split = zip(parts, torch.split(weights, sizes), torch.split(bias, sizes), strict=True)
         return [RowBlock(part, sources, w, b) for part, w, b in split]
 
     def _meet(self, weights: Tensor, stage: Stage, stretch: Stretch) -> Tensor:
@@ -278,7 +278,7 @@ class Rows:
         passed = self.linear.passed(parts[0].depth)
         waiting, g, high = list(parts), None, parts[0].depth
         for live in [*passed, floor]:
-            stages = [] if g is None else [Stage(live, high, slice(0, len(g)), g)]
+            stages: list[Stage] = [] if g is None else [Stage(live, high, slice(0, len(g)), g)]
             while waiting and waiting[0].depth > live:
                 part = waiting.pop(0)
                 entered = stages[-1].rows.stop if stages else 0

@@ -9,8 +9,8 @@ Shapes: F features, D width of the stream, L layers.
                              W_dec_{l}.safetensors    W_dec_{l} (F, L - l, D), one column for each output layer
 
 The activation is `relu` or `topk` where the configuration says so, else JumpReLU where the file has a threshold, else
-ReLU. A top-k keeps its k entries whatever their sign, as circuit-tracer does. Not handled: downloads (`hf://`), and
-the checkpoints of other makers that circuit-tracer converts while loading (Gemma Scope).
+ReLU. A top-k keeps its k entries whatever their sign, as circuit-tracer does. Not handled: the checkpoints of other
+makers that circuit-tracer converts while loading (Gemma Scope).
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import yaml
 from circuits.kernels.encode import Activation
 from circuits.replacements.dictionary import Decoder, Dictionary, Replacement
 from circuits.replacements.errors import ReplacementError
+from circuits.replacements.formats.hub_file import hub_file
 from circuits.replacements.formats.tensors import Tensors
 from circuits.replacements.sites import Norm, ReadSite, Site
 
@@ -107,11 +108,9 @@ def _explicit_paths(path: Path, folder: Path, listed: Any) -> tuple[Path, ...] |
     if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
         raise ReplacementError(f"{path}: transcoders should be a list of file names, one for each layer")
     for entry in listed:
-        if "://" in entry:
-            raise ReplacementError(
-                f"{path}: transcoder {entry!r} is not a local file; download it and write its path instead"
-            )
-    return tuple(folder / entry for entry in listed)
+        if "://" in entry and not entry.startswith("hf://"):
+            raise ReplacementError(f"{path}: transcoder {entry!r} is neither a local file nor hf://owner/repo/file")
+    return tuple(hub_file(entry) if entry.startswith("hf://") else folder / entry for entry in listed)
 
 
 def _transcoders(config: Config, device: str) -> tuple[tuple[Dictionary, ...], tuple[Path, ...]]:

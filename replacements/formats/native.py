@@ -175,7 +175,7 @@ def save(replacement: Replacement, path: str | Path, dtype: str = "float32") -> 
     if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ReplacementError(f"{path}: exists and is no replacement; choose another directory")
     try:
-        with _whole_or_nothing(path) as folder:
+        with whole_or_nothing(path) as folder:
             _write_all(folder, replacement, DTYPES[dtype])
     except (OSError, SafetensorError) as error:
         raise ReplacementError(f"{path}: cannot be written ({error}); choose another directory") from error
@@ -250,7 +250,7 @@ def _describe_movement(dictionary: Dictionary, dtype: torch.dtype) -> tuple[dict
 
 
 @contextmanager
-def _whole_or_nothing(path: Path) -> Iterator[Path]:
+def whole_or_nothing(path: Path) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place at the end, and disappears after an error.
 
     `os.replace` does not replace a directory that has files, so an old one steps aside first and comes back if the

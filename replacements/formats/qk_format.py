@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from circuits.replacements.errors import ReplacementError
-from circuits.replacements.formats.native import DTYPES, MANIFEST, _whole_or_nothing
+from circuits.replacements.formats.native import DTYPES, MANIFEST, whole_or_nothing
 from circuits.replacements.formats.tensors import Tensors
 from circuits.replacements.qk_score import QKDictionary, QKHeads, Side
 
@@ -138,7 +138,7 @@ def save(replacement: QKReplacement, path: str | Path, dtype: str = "float32") -
     if path.exists() and not is_qk(path) and (not path.is_dir() or any(path.iterdir())):
         raise ReplacementError(f"{path}: exists and is no QK diagonalization; choose another directory")
     try:
-        with _whole_or_nothing(path) as folder:
+        with whole_or_nothing(path) as folder:
             entries = [_write(folder, dictionary, DTYPES[dtype]) for dictionary in replacement.dictionaries]
             manifest = {
                 "format": FORMAT,

@@ -1,7 +1,6 @@
 """`circuits convert`: what is written encodes and decodes as what was read."""
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,6 @@ from circuits.replacements.processing import Processing
 CASE = Path(__file__).parents[1] / "data" / "golden" / "gpt2_clt"
 CLT = CASE / "transcoders"
 F, D, L, T = 12, 5, 3, 7
-written_back = pytest.mark.skipif(
-    find_spec("circuits.replacements.formats.circuit_tracer_writer") is None, reason="there is no such writer yet"
-)
 
 
 @pytest.fixture
@@ -98,7 +94,6 @@ def test_circuit_tracers_become_ours(run, tmp_path: Path, transcoders: Path) -> 
     torch.testing.assert_close(*(torch.tensor(graph.edges.weight) for graph in traced), rtol=1e-6, atol=1e-6)
 
 
-@written_back
 def test_there_and_back(run, tmp_path: Path, transcoders: Path) -> None:
     """Ours becomes circuit-tracer's again, with the same tensors in its files."""
     for source, name in ((CLT, "clt"), (transcoders, "plt")):
@@ -114,7 +109,6 @@ def test_there_and_back(run, tmp_path: Path, transcoders: Path) -> None:
                 torch.testing.assert_close(ours[key], tensor, rtol=0, atol=0)
 
 
-@written_back
 def test_what_circuit_tracer_cannot_say_is_refused(run, tmp_path: Path) -> None:
     """Attention SAEs have no place in its format; nothing is written."""
     source = Path(circuits.__file__).parent / "default" / "attention-sae"

@@ -259,7 +259,7 @@ def test_missing_or_misshapen(tmp_path: Path, tensor: str, shape: tuple[int, ...
         ({"feature_input_hook": "hook_z"}, "feature_input_hook is 'hook_z'"),
         ({"activation": "topk"}, "needs a whole number k"),
         ({"activation": "gelu"}, "activation is 'gelu'"),
-        ({"transcoders": ["hf://a/b/layer_0.safetensors"]}, "not a local file"),
+        ({"transcoders": ["s3://a/b/layer_0.safetensors"]}, "neither a local file"),
         ({"transcoders": ["layer_9.safetensors"]}, "layer_9.safetensors: no such file"),
         ({"model_kind": "cross_layer_transcoder"}, "no W_enc_0.safetensors"),
     ],
