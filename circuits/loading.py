@@ -9,6 +9,7 @@ from circuits.graph import Graph
 from circuits.hub import model_folder, name_of, replacement_folder
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel, load_base_model
+from circuits.processing import undo
 from circuits.replacements.dictionary import Replacement
 from circuits.replacements.formats import qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
@@ -85,6 +86,7 @@ def load(
     for found in replacements:
         if found.name == found.path.name:  # in the hub's cache that is a commit
             found.name = name_of(found.path) or found.name
+    replacements = tuple(undo(base, found) for found in replacements)
     check_replacements(base, replacements)
     return Model(base, replacements, _load_qk(base, [path for path in paths if qk_format.is_qk(path)], model is None))
 

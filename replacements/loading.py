@@ -18,7 +18,7 @@ from circuits.replacements.dictionary import Replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.memory import free_memory
 
-ADAPTERS = ("native", "circuit_tracer", "openmoss")
+ADAPTERS = ("native", "circuit_tracer", "openmoss", "saelens", "gemma_scope")
 
 
 def adapter_of(path: Path) -> Any:

@@ -25,9 +25,10 @@ from torch import Tensor
 from circuits.replacements.dictionary import Decoder, Dictionary
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats.openmoss_config import Config, inverse, make_gate, weights_of
-from circuits.replacements.formats.openmoss_rows import Checkpoint, Scaled, squares
+from circuits.replacements.formats.openmoss_rows import Checkpoint, squares
 from circuits.replacements.formats.openmoss_sae import THRESHOLDS
 from circuits.replacements.movement import OwnAttention
+from circuits.replacements.weights_views import Scaled
 
 
 def dictionaries(config: Config, device: str) -> tuple[Dictionary, ...]:

@@ -1,9 +1,6 @@
-"""The tensors of an OpenMOSS checkpoint, and matrices that differ from them by a factor, a transpose or a place.
+"""The tensors of an OpenMOSS checkpoint."""
 
-Letters of shapes: F features, D width of what is read or written.
-"""
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -12,76 +9,10 @@ import torch
 from torch import Tensor
 
 from circuits.replacements.errors import ReplacementError, wrong_shape
-from circuits.replacements.weights import NUMPY_TYPES, HeldTensor, LazyTensor, Rows, open_safetensors
+from circuits.replacements.weights import NUMPY_TYPES, HeldTensor, Rows, open_safetensors
+from circuits.replacements.weights_views import Stored
 
 BLOCK = 4096  # decoder rows in memory at once while their norms are taken
-Stored = LazyTensor | HeldTensor
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """`inner` (F, D), row f multiplied by `factor[f]`."""
-
-    inner: Rows
-    factor: Tensor
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
-        found = self.inner.rows(index, column=column)
-        return found * self.factor.to(found.device)[index.to(found.device)].unsqueeze(1)
-
-    def all(self) -> Tensor:
-        found = self.inner.all()
-        return found * self.factor.to(found.device).unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """`inner` (D, F) of a file, by its columns: (F, D)."""
-
-    inner: Stored
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape[::-1]
-
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
-        assert column is None
-        if isinstance(self.inner, HeldTensor):
-            return self.inner.tensor[:, index.to(self.inner.tensor.device)].float().T.contiguous()
-        return _columns(self.inner, index)
-
-    def all(self) -> Tensor:
-        return self.inner.all().T.contiguous()
-
-
-def _columns(lazy: LazyTensor, index: Tensor) -> Tensor:
-    """Columns of a matrix in a file as rows; a stretch of neighbours is read without its surroundings."""
-    if not len(index):
-        return torch.zeros(0, lazy.shape[0])
-    first, last = int(index.min()), int(index.max()) + 1
-    if first < 0 or last > lazy.shape[1]:
-        raise ReplacementError(
-            f"{lazy.path}: column {last - 1} of tensor {lazy.name!r} was asked for, which has {lazy.shape[1]} columns"
-        )
-    mapped = np.memmap(
-        lazy.path, dtype=np.dtype(NUMPY_TYPES[lazy.dtype]), mode="r", offset=lazy.offset, shape=lazy.shape
-    )
-    near = last - first == len(index)
-    chosen = mapped[:, first:last] if near else mapped[:, index.cpu().numpy()]
-    found = lazy._to_float32(np.array(chosen)).T.contiguous()  # widens and checks like its own rows
-    return found[index.cpu() - first] if near else found
 
 
 def part(stored: Stored, index: int) -> Stored:

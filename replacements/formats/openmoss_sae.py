@@ -24,9 +24,10 @@ from circuits.kernels.encode import Activation
 from circuits.replacements.dictionary import Decoder, Dictionary
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats.openmoss_config import Config, Gate, inverse, make_gate, weights_of
-from circuits.replacements.formats.openmoss_rows import Checkpoint, Scaled, Transposed, squares
+from circuits.replacements.formats.openmoss_rows import Checkpoint, squares
 from circuits.replacements.sites import Site
 from circuits.replacements.weights import Rows
+from circuits.replacements.weights_views import Scaled, Transposed
 
 THRESHOLDS = ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
 
