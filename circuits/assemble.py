@@ -118,7 +118,7 @@ def table_numbers(graph: Graph, sweep: Sweep) -> np.ndarray:
     names = [dictionary.name for dictionary in sweep.linear.dictionaries] + [""]
     of_name = {name: i for i, name in enumerate(names)}
     dictionary = np.array([of_name.get(name, len(names)) for name in nodes.dictionary.tolist()], dtype=np.int64)
-    columns = [
+    columns: list[tuple[np.ndarray, np.ndarray]] = [
         (np.searchsorted(_SORTED_KINDS, nodes.kind), np.searchsorted(_SORTED_KINDS, table.kind)),
         (dictionary, table.dictionary % len(names)),
         (nodes.layer + 1, table.layer + 1),
@@ -127,7 +127,7 @@ def table_numbers(graph: Graph, sweep: Sweep) -> np.ndarray:
     ]
     theirs, ours = np.zeros(len(nodes), dtype=np.int64), np.zeros(len(table), dtype=np.int64)
     for graph_column, table_column in columns:
-        size = 1 + max(int(graph_column.max(initial=0)), int(table_column.max(initial=0)))
+        size = 1 + max(int(np.max(graph_column, initial=0)), int(np.max(table_column, initial=0)))
         theirs, ours = theirs * size + graph_column, ours * size + table_column
     order = np.argsort(ours)
     at = order[np.searchsorted(ours[order], theirs).clip(max=len(ours) - 1)]
@@ -157,9 +157,11 @@ def with_hops(graph: Graph, sweep: Sweep) -> Graph:
     """
     if not sweep.linear.frozen_attention:
         return graph
-    ends = table_numbers(graph, sweep)[np.stack([graph.edges.source, graph.edges.target])]
-    chosen = worth_splitting(sweep, *ends, edge_scores(graph.nodes, graph.edges))
-    first, last = (replace(hops, edge=chosen[hops.edge]) for hops in hop_splits(sweep, *ends[:, chosen]))
+    number = table_numbers(graph, sweep)
+    source, target = number[graph.edges.source], number[graph.edges.target]
+    chosen = worth_splitting(sweep, source, target, edge_scores(graph.nodes, graph.edges))
+    found = hop_splits(sweep, source[chosen], target[chosen])
+    first, last = (replace(hops, edge=chosen[hops.edge]) for hops in found)
     if len(chosen) < len(graph.edges):
         about = {"edges": len(chosen), "of": len(graph.edges)}
         graph = replace(graph, metadata={**graph.metadata, "hops": about})

@@ -148,7 +148,8 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
     shape = model.shape
     stacked = {name: torch.stack(kept.pop(name)) for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "z")}
     for name, site, heads in (("queries", "q", shape.n_heads), ("keys", "k", shape.n_kv_heads)):
-        stacked[name] = inside.all[site].unflatten(-1, (heads, -1))
+        flat = inside.all[site]
+        stacked[name] = flat.view(*flat.shape[:-1], heads, -1)
 
     def norms(path: str | None, inputs: Iterable[Tensor]) -> tuple[NormRecord, ...]:
         if path is None:

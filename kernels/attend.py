@@ -8,6 +8,8 @@ positions that they need. Norms are the caller's: everything here starts and end
 import torch
 from torch import Tensor
 
+from circuits.kernels.backend import use_triton
+
 KEYS = 256  # positions in a block of keys
 
 
@@ -32,6 +34,10 @@ def pull_values(
     Returns (B, S, K * E): `c[b, s, k] = sum_p sum of heads h of k, A_h[p, s] scale[p] g[b, p] O_h`; without `scale_S`
     the scale is one.
     """
+    if use_triton(g_BSD, w_o_HED):
+        from circuits.kernels.triton_attend import pull_values as on_triton
+
+        return on_triton(pattern_HSS, g_BSD, w_o_HED, n_kv, scale_S)
     n_heads, width, d_model = w_o_HED.shape
     batch, n, _ = g_BSD.shape
     u = g_BSD.reshape(batch * n, d_model) @ w_o_HED.reshape(-1, d_model).T

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from circuits.kernels.backend import use_triton
+
 
 def contract_spread(
     weights_BM: Tensor, g_BSD: Tensor, writers_ND: Tensor, starts: Sequence[int], columns: Sequence[int]
@@ -17,6 +19,10 @@ def contract_spread(
     columns
         The first column of the writers at each position; the others follow it.
     """
+    if use_triton(weights_BM, g_BSD, writers_ND):
+        from circuits.kernels.triton_contract import contract_spread as on_triton
+
+        return on_triton(weights_BM, g_BSD, writers_ND, starts, columns)
     for s in range(g_BSD.shape[1]):
         first, last = starts[s], starts[s + 1]
         if last > first:

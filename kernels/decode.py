@@ -1,9 +1,11 @@
-"""Decode: from active features back to the stream. Plain PyTorch, on any device.
+"""Decode: from active features back to the stream. Plain PyTorch on any device; Triton on a GPU (`triton_decode.py`).
 
 Letters of shapes: T positions, D width of the write site, n active entries, M rows held.
 """
 
 from torch import Tensor
+
+from circuits.kernels.backend import use_triton
 
 
 def gather_decode(
@@ -27,6 +29,10 @@ def gather_decode(
     -------
     (T, D), without output bias.
     """
+    if use_triton(rows, activations):
+        from circuits.kernels.triton_decode import gather_decode as on_triton
+
+        return on_triton(positions, features, activations, rows, n_positions)
     y_TD = rows.new_zeros((n_positions, rows.shape[1]))
     taken = rows if features is None else rows[features]
     return y_TD.index_add_(0, positions, taken * activations[:, None])

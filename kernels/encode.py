@@ -1,11 +1,12 @@
-"""Encode: from the stream to active features. Plain PyTorch, on any device.
+"""Encode: from the stream to active features. Plain PyTorch on any device; Triton on a GPU (`triton_encode.py`).
 
 Letters of shapes: T positions, F features, D width of the read site, n active entries.
 
     pre_TF = x_TD @ W_enc_FD^T + b_enc_F
     active = the entries that the activation function lets through
 
-Only the active entries are returned; the dense (T, F) block is made for a bounded number of positions at a time.
+Only the active entries are returned; the dense (T, F) block is made for a bounded number of positions at a time, and in
+Triton not at all.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from circuits.kernels.backend import Products, matmul, use_triton
 
 ActivationKind = Literal["relu", "jump_relu", "topk", "batch_topk", "identity", "group_soft"]
 ACTIVATION_KINDS: tuple[ActivationKind, ...] = get_args(ActivationKind)
@@ -56,8 +59,40 @@ class Activation:
         return self.kind in ("jump_relu", "batch_topk", "group_soft")
 
 
+@dataclass(frozen=True)
+class InputNorm:
+    """A norm with its denominator frozen, before an encoder: `(x - mean x) scale gain + bias`.
+
+    `scale` is one over the denominator, (T,); `gain` and `bias` are (D,), None for one and zero; only a centred norm
+    subtracts the mean.
+    """
+
+    scale: Tensor
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    centred: bool = False
+
+    def apply(self, x_TD: Tensor) -> Tensor:
+        """What the norm makes of x, (T, D)."""
+        mean, scale, gain, bias = self.parts(x_TD)
+        return (x_TD - mean[:, None]) * scale[:, None] * gain + bias
+
+    def parts(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean (T,), scale (T,), gain (D,) and bias (D,), where there is none zero, one and zero."""
+        mean = x_TD.mean(1) if self.centred else x_TD.new_zeros(len(x_TD))
+        gain = x_TD.new_ones(x_TD.shape[1]) if self.gain is None else self.gain
+        return mean, self.scale, gain, x_TD.new_zeros(x_TD.shape[1]) if self.bias is None else self.bias
+
+
 def encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, activation: Activation, threshold: Tensor | None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    activation: Activation,
+    threshold: Tensor | None,
+    *,
+    norm: InputNorm | None = None,
+    products: Products = "float32",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Active features of every position.
 
@@ -69,14 +104,22 @@ def encode(
         (F, D) and (F,).
     activation, threshold
         `threshold` is (F,) or a single number, for the activations that need one.
+    norm
+        Stands between `x` and the encoder, if `x` is not normalised yet.
+    products
+        `bfloat16` rounds what is read and the encoder to it and adds their products in float32.
 
     Returns
     -------
     positions, features, activations, pre_activations
         (n,) each, sorted by position, then feature.
     """
+    if activation.kind in ("relu", "jump_relu", "batch_topk", "group_soft") and use_triton(x, W_enc, b_enc):
+        return _encode_on_triton(x, W_enc, b_enc, activation, threshold, norm, products)
+    x = x if norm is None else norm.apply(x)
     parts = [
-        gate(pre_TF, activation, threshold, first_position=first) for first, pre_TF in _blocks(x, W_enc, b_enc)
+        gate(pre_TF, activation, threshold, first_position=first)
+        for first, pre_TF in _blocks(x, W_enc, b_enc, products)
     ] or [gate(x.new_zeros(0, len(W_enc)), activation, threshold)]
     positions, features, activations, pre_activations = (torch.cat(part) for part in zip(*parts, strict=True))
     return positions, features, activations, pre_activations
@@ -86,22 +129,54 @@ def gate(
     pre: Tensor, activation: Activation, threshold: Tensor | None, *, first_position: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Active entries of pre-activations (T, F) whose first row stands at `first_position`; returns as `encode`."""
-    if activation.needs_threshold and threshold is None:
-        raise ValueError(f"activation {activation.kind!r} needs a threshold")
+    _check(activation, threshold)
     positions, features = _active(pre, activation, threshold).nonzero(as_tuple=True)
     values = pre[positions, features]
-    activations = values.clone()
-    if activation.kind == "group_soft":
-        assert threshold is not None
-        activations -= threshold[features] if threshold.numel() > 1 else threshold
-    return positions + first_position, features, activations, values
+    return positions + first_position, features, _shrunk(values, features, activation, threshold), values
 
 
-def _blocks(x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _check(activation: Activation, threshold: Tensor | None) -> None:
+    if activation.needs_threshold and threshold is None:
+        raise ValueError(f"activation {activation.kind!r} needs a threshold")
+
+
+def _shrunk(values: Tensor, features: Tensor, activation: Activation, threshold: Tensor | None) -> Tensor:
+    """Activations of active entries, from their pre-activations."""
+    if activation.kind != "group_soft":
+        return values.clone()
+    assert threshold is not None
+    return values - (threshold[features] if threshold.numel() > 1 else threshold)
+
+
+def _encode_on_triton(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    activation: Activation,
+    threshold: Tensor | None,
+    norm: InputNorm | None,
+    products: Products,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from circuits.kernels.triton_encode import encode_gated
+
+    _check(activation, threshold)
+    least = x.new_zeros(1) if activation.kind == "relu" or threshold is None else threshold
+    parts = None if norm is None else norm.parts(x)
+    positions, features, values = encode_gated(x, W_enc, b_enc, least, parts, products)
+    return positions, features, _shrunk(values, features, activation, threshold), values
+
+
+def _blocks(
+    x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, products: Products = "float32"
+) -> Iterator[tuple[int, Tensor]]:
     """(first position, pre-activations) of as many positions as fit into `BLOCK` entries."""
     step = max(1, BLOCK // max(1, len(W_enc_FD)))
     for first in range(0, len(x_TD), step):
-        yield first, torch.addmm(b_enc_F, x_TD[first : first + step], W_enc_FD.T)
+        block = x_TD[first : first + step]
+        if products == "float32":
+            yield first, torch.addmm(b_enc_F, block, W_enc_FD.T)
+        else:
+            yield first, matmul(block, W_enc_FD.T, products).add_(b_enc_F)
 
 
 def _active(pre_TF: Tensor, activation: Activation, threshold: Tensor | None) -> Tensor:

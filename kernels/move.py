@@ -1,10 +1,14 @@
-"""Move: features from the positions where they are active to those where attention carries them. Plain PyTorch.
+"""Move: features from the positions where they are active to those where attention carries them.
+
+Plain PyTorch on any device; Triton on a GPU (`triton_move.py`).
 
 Letters of shapes: T positions, F features, H heads, n active entries, m distinct features among them, r rank.
 """
 
 import torch
 from torch import Tensor
+
+from circuits.kernels.backend import use_triton
 
 
 def move_features(
@@ -31,6 +35,10 @@ def move_features(
     positions, features, values
         (k,), (k,), and (k,) or (k, r): what arrives, exact zeros left out; sorted by position, then feature.
     """
+    if use_triton(values, loading, pattern):
+        from circuits.kernels.triton_move import move_features as on_triton
+
+        return on_triton(positions, features, values, loading, pattern)
     n_positions = pattern.shape[-1]
     unique, place = torch.unique(features, return_inverse=True)
     wide = (values.unsqueeze(-1) if values.ndim == 1 else values).double()

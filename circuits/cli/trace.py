@@ -40,6 +40,8 @@ class _Wanted:
               help="Token (text or id) or node id such as a2_153_7; may be repeated. Default: top tokens.")  # fmt: skip
 @click.option("--minus", help="Explain the difference: the logit of --target less that of this token.")
 @click.option("--position", "positions", type=int, multiple=True, help="Position of the targets. Default: the last.")
+@click.option("--max-targets", type=click.IntRange(min=1), help="Compute the rows of so many features, best first.")
+@click.option("--hops/--no-hops", default=True, help="Split edges through frozen attention by first and last hop.")
 @click.option("--max-feature-nodes", type=int, help="Keep at most so many features, the strongest first.")
 @click.option("--node-threshold", type=float, default=0.8, show_default=True, help="Share of influence to keep.")
 @click.option("--edge-threshold", type=float, default=0.98, show_default=True, help="Share of edge scores to keep.")
@@ -66,6 +68,8 @@ def command(**options: Any) -> None:
         node_threshold=options["node_threshold"],
         edge_threshold=options["edge_threshold"],
         max_feature_nodes=options["max_feature_nodes"],
+        max_targets=options["max_targets"],
+        hops=options["hops"],
         unpruned=options["unpruned"],
         explain=options["explain"],
     )
