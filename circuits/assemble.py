@@ -200,6 +200,7 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
     pruning = {"node_threshold": settings.node_threshold, "edge_threshold": settings.edge_threshold}
     if settings.max_feature_nodes is not None:
         pruning["max_feature_nodes"] = settings.max_feature_nodes
+    search = {"left_out": settings.left_out} if settings.max_targets is None else {"max_targets": settings.max_targets}
     layers = range(linear.model.shape.n_layers)
     return {
         "scan": model.base.name,
@@ -211,9 +212,7 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
         ],
         "attention": [_attention(linear, layer) for layer in layers],
         "mlp": ["replaced" if layer in linear.replaced_mlp | linear.replaced_blocks else "error" for layer in layers],
-        "settings": {"left_out": 0.0, "unpruned": True}
-        if settings.unpruned
-        else {"left_out": settings.left_out, **pruning},
+        "settings": {"left_out": 0.0, "unpruned": True} if settings.unpruned else {**search, **pruning},
         "scores": {"replacement": swept.replacement_score, "completeness": swept.completeness_score},
         "ledger": {"max_relative_gap": swept.max_relative_gap, "targets": int(swept.expanded.sum())},
         "active_features": int(((traced.table.dictionary >= 0) & (traced.table.kind != "mtc_query")).sum()),

@@ -39,5 +39,7 @@ class TraceSettings:
         for name in ("left_out", "node_threshold", "edge_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CircuitsError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
-        if self.max_feature_nodes is not None and self.max_feature_nodes < 1:
-            raise CircuitsError(f"max_feature_nodes is {self.max_feature_nodes}, expected at least 1")
+        for name in ("max_feature_nodes", "max_targets"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CircuitsError(f"{name} is {value}, expected at least 1")
