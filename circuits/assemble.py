@@ -200,7 +200,9 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
     pruning = {"node_threshold": settings.node_threshold, "edge_threshold": settings.edge_threshold}
     if settings.max_feature_nodes is not None:
         pruning["max_feature_nodes"] = settings.max_feature_nodes
-    search = {"left_out": settings.left_out} if settings.max_targets is None else {"max_targets": settings.max_targets}
+    search: dict[str, Any] = {"left_out": settings.left_out}
+    if settings.max_targets is not None:
+        search = {"max_targets": settings.max_targets, "search": swept.search}
     layers = range(linear.model.shape.n_layers)
     return {
         "scan": model.base.name,

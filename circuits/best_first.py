@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from circuits.replacements.memory import free_memory
 from circuits.rows import RowBlock
 from circuits.sweep import Progress, Sweep, Swept
 
 BATCH = 256  # features between two rankings, as circuit-tracer has it
+ROWS_SHARE = 0.25  # of the free memory that the rows may take
 GROWTH = 4  # or this part of those that have rows already
 
 
@@ -31,7 +33,12 @@ class _Held:
 
 
 class BestFirst:
-    """The rows of one search, and what they say of every node."""
+    """The rows of one search, and what they say of every node. They are kept: see `fits`."""
+
+    @staticmethod
+    def fits(sweep: Sweep, n_targets: int) -> bool:
+        """Whether so many rows leave room in memory for the rest."""
+        return 4 * n_targets * len(sweep.table) <= ROWS_SHARE * free_memory(sweep.device)
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
@@ -127,4 +134,5 @@ class BestFirst:
             **self.sweep.scores(influence, complete),
             max_relative_gap=worst,
             left_out=float(of_all[dropped].sum()),
+            search="best first",
         )

@@ -13,7 +13,8 @@ class TraceSettings:
         Influence that may stay unexpanded in all; every influence is short by at most this. 0 expands everything.
     max_targets
         Compute the rows of so many features only, the most influential as far as is known by then, as circuit-tracer's
-        `max_feature_nodes` does; what has no row is not in the graph. `left_out` is not used then.
+        `max_feature_nodes` does; what has no row is not in the graph. `left_out` is not used then, unless the rows
+        would not fit into memory: then each layer gets a part of them, from the top down.
     node_threshold, edge_threshold
         Shares of the influence and of the edge scores that the pruned graph keeps.
     max_feature_nodes

@@ -41,7 +41,8 @@ class Swept:
     """What a sweep finds, over the n nodes and the output targets after them.
 
     `influence` is what flows in from targets above, without the starting influence. `pre_activation` and `bias` are
-    of the targets that were expanded, NaN elsewhere. `left_out` is the influence of the targets that were not.
+    of the targets that were expanded, NaN elsewhere. `left_out` is the influence of the targets that were not,
+    `search` how they were chosen.
     """
 
     influence: np.ndarray
@@ -52,6 +53,7 @@ class Swept:
     completeness_score: float
     max_relative_gap: float
     left_out: float
+    search: str = "top down"
 
 
 class Sweep:
@@ -64,10 +66,18 @@ class Sweep:
         self.is_error = torch.from_numpy(np.isin(table.kind, ERROR_KINDS)).float().to(self.device)
 
     def run(
-        self, left_out: float, *, on_rows: Callable[[RowBlock], None] | None = None, progress: Progress | None = None
+        self,
+        left_out: float,
+        *,
+        max_targets: int | None = None,
+        on_rows: Callable[[RowBlock], None] | None = None,
+        progress: Progress | None = None,
     ) -> Swept:
         """Sweep all targets but those whose summed influence stays within `left_out`; 0 expands every target.
 
+        max_targets
+            Expand at most so many features, whatever that leaves out: each group gets an equal part of what those above
+            it have left over. Keeps no rows, unlike `circuits.best_first`.
         on_rows
             Called with every block of rows, for those who want to keep them.
         progress
@@ -78,12 +88,15 @@ class Sweep:
         influence, complete = np.zeros(total), np.ones(total)
         pre_activation, bias = np.full(total, np.nan), np.full(total, np.nan)
         expanded = np.zeros(total, dtype=bool)
-        worst, spent, done = 0.0, 0.0, 0
+        worst, spent, done, rows = 0.0, 0.0, 0, 0
         groups = self.groups
         in_all = sum(len(nodes) for nodes, _ in groups)
         for place, (nodes, build) in enumerate(groups):
             mass = influence[nodes] + self.targets.start[nodes]
             kept = _worth_expanding(mass, (left_out - spent) / (len(groups) - place)) if left_out else nodes == nodes
+            if max_targets is not None and nodes[0] < n:
+                kept &= _strongest(mass, self.targets.start[nodes] > 0, (max_targets - rows) // (len(groups) - place))
+                rows += int(kept.sum())
             spent += float(mass[~kept].sum())
             complete[nodes[~kept]] = 0.0
             if kept.any():
@@ -182,4 +195,11 @@ def _worth_expanding(mass: np.ndarray, allowance: float) -> np.ndarray:
     skipped = order[np.cumsum(mass[order]) <= allowance]
     kept = np.ones(len(mass), dtype=bool)
     kept[skipped] = False
+    return kept
+
+
+def _strongest(mass: np.ndarray, always: np.ndarray, count: int) -> np.ndarray:
+    """The `count` targets of the largest mass, one at least, and those that are always wanted."""
+    kept = always.copy()
+    kept[np.argsort(-mass, kind="stable")[: max(1, count)]] = True
     return kept

@@ -69,12 +69,12 @@ def trace(
         swept = sweep.run(0.0, on_rows=collected.add, progress=progress)
         kept = np.ones(len(swept.influence), dtype=bool)
     else:
-        search = None if settings.max_targets is None else BestFirst(sweep)
-        swept = (
-            sweep.run(settings.left_out, progress=progress)
-            if search is None
-            else search.run(settings.max_targets or 0, progress)
-        )
+        search, wanted = None, settings.max_targets
+        if wanted is not None and BestFirst.fits(sweep, min(wanted, len(table))):
+            search = BestFirst(sweep)
+            swept = search.run(wanted, progress)
+        else:
+            swept = sweep.run(settings.left_out, max_targets=wanted, progress=progress)
         kept = _kept_nodes(table, swept, listed, settings)
         collected = _Edges(kept)
         for block in (search or sweep).rows_of(kept & swept.expanded):

@@ -89,6 +89,7 @@ def test_all_rows_are_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.node_ids() == expected.node_ids()
     np.testing.assert_allclose(found.edges.weight, expected.edges.weight, rtol=1e-4, atol=1e-5)
     assert found.metadata["settings"]["max_targets"] == 10**6
+    assert found.metadata["settings"]["search"] == "best first"
     assert found.metadata["left_out_influence"] == 0.0
 
 
@@ -101,3 +102,16 @@ def test_a_small_budget() -> None:
     assert not len(graph.first_hops)
     with pytest.raises(CircuitsError, match="max_targets is 0"):
         circuits.TraceSettings(max_targets=0)
+
+
+def test_a_budget_whose_rows_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is spent from the top down, no row is kept, and the graph says so and how much is left out."""
+    case, model = CASES["gpt2_clt_frozen"], build(CASES["gpt2_clt_frozen"])
+    monkeypatch.setattr(best_first, "ROWS_SHARE", 0.0)
+    settings = circuits.TraceSettings(max_targets=9, hops=False)
+    graph = circuits.trace(model, case.token_ids, settings=settings)
+    assert graph.metadata["settings"]["search"] == "top down"
+    assert 0 < graph.nodes.is_feature.sum() <= 9
+    assert 3 < graph.metadata["ledger"]["targets"] - (graph.nodes.kind == "logit").sum() <= 9
+    assert graph.metadata["left_out_influence"] > 0
+    assert graph.metadata["ledger"]["max_relative_gap"] < 2e-5
