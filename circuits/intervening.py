@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -86,9 +87,10 @@ class RealRun:
         self.added, self.patterns = {}, {}
         with self._hooks(), self._attention(), cast_up(model):
             embedding = part(model.lm, model.family.embedding)(token_ids).float()
-            output = part(model.lm, model.family.trunk)(
-                inputs_embeds=embedding, past_key_values=cache, use_cache=cache is not None
-            )
+            trunk = part(model.lm, model.family.trunk)
+            # transformers 5.24 renamed it
+            name = "cache" if "cache" in signature(trunk.forward).parameters else "past_key_values"
+            output = trunk(inputs_embeds=embedding, use_cache=cache is not None, **{name: cache})
         self.first += token_ids.shape[1]
         final: Tensor = output.last_hidden_state.float()
         return final

@@ -265,7 +265,7 @@ EVALUATED = [
     "llama_weakly_causal_mlp", "llama_residual_weakly_causal", "gpt2_residual_mctc", "llama_type1_alone",
     "gpt2_mtc_single_skip", "llama_mixed_frozen", "qwen3_clt_attn_out", "neox_parallel_mtc", "neox_parallel_skip_z",
     "neox_parallel_weakly_causal", "neox_sequential", "gemma2_mtc", "gemma2_value", "gemma2_z_skip",
-    "gemma2_residual_before", "gemma2_weakly_causal_before",
+    "gemma2_residual_before", "gemma2_weakly_causal_before", "llama_lorsa_published",
 ]  # fmt: skip
 
 
