@@ -265,13 +265,14 @@ EVALUATED = [
     "llama_weakly_causal_mlp", "llama_residual_weakly_causal", "gpt2_residual_mctc", "llama_type1_alone",
     "gpt2_mtc_single_skip", "llama_mixed_frozen", "qwen3_clt_attn_out", "neox_parallel_mtc", "neox_parallel_skip_z",
     "neox_parallel_weakly_causal", "neox_sequential", "gemma2_mtc", "gemma2_value", "gemma2_z_skip",
-    "gemma2_residual_before", "gemma2_weakly_causal_before", "llama_lorsa_published",
+    "gemma2_residual_before", "gemma2_weakly_causal_before",
 ]  # fmt: skip
 
 
 def test_everything_is_evaluated() -> None:
-    """The cases of the figures have every kind of dictionary."""
-    assert {name.split(".")[0] for case in EVALUATED for name in CASES[case].moved} == set(MOVED_KINDS)
+    """The cases of the figures have every kind of dictionary but one, whose norm without gain is not captured."""
+    kinds = {name.split(".")[0] for case in EVALUATED for name in CASES[case].moved}
+    assert kinds == set(MOVED_KINDS) - {"lorsa-published"}
 
 
 def activations(dictionary: Dictionary, read: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
