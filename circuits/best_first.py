@@ -126,12 +126,14 @@ class BestFirst:
             pre_activation[held.targets] = held.block.targets.values.cpu().numpy()
             bias[held.targets] = held.block.bias.cpu().numpy()
             worst = max(worst, float(held.block.gaps().max()))
+        replacement_score, completeness_score = self.sweep.scores(influence, complete)
         return Swept(
             influence=influence,
             pre_activation=pre_activation,
             bias=bias,
             expanded=self.expanded,
-            **self.sweep.scores(influence, complete),
+            replacement_score=replacement_score,
+            completeness_score=completeness_score,
             max_relative_gap=worst,
             left_out=float(of_all[dropped].sum()),
             search="best first",

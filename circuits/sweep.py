@@ -116,26 +116,26 @@ class Sweep:
             done += len(nodes)
             if progress is not None:
                 progress(done, in_all)
+        replacement_score, completeness_score = self.scores(influence, complete)
         return Swept(
             influence=influence,
             pre_activation=pre_activation,
             bias=bias,
             expanded=expanded,
-            **self.scores(influence, complete),
+            replacement_score=replacement_score,
+            completeness_score=completeness_score,
             max_relative_gap=worst,
             left_out=spent,
         )
 
-    def scores(self, influence: np.ndarray, complete: np.ndarray) -> dict[str, float]:
+    def scores(self, influence: np.ndarray, complete: np.ndarray) -> tuple[float, float]:
         """Replacement and completeness score, from influences and the share of each target's input that is no error."""
         outflow = influence + self.targets.start
         sources = influence[: len(self.table)]
         tokens = float(sources[self.table.kind == "embedding"].sum())
         errors = float(sources[np.isin(self.table.kind, ERROR_KINDS)].sum())
-        return {
-            "replacement_score": tokens / max(tokens + errors, 1e-30),
-            "completeness_score": float((complete * outflow).sum() / max(outflow.sum(), 1e-30)),
-        }
+        completeness = float((complete * outflow).sum() / max(outflow.sum(), 1e-30))
+        return tokens / max(tokens + errors, 1e-30), completeness
 
     def rows_of(self, wanted: np.ndarray) -> Iterator[RowBlock]:
         """Rows of some targets only: `wanted` is a mask over nodes and output targets."""
