@@ -45,6 +45,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    memory: int | None = None,
 ) -> Model:
     """Load a model and its replacements.
 
@@ -61,6 +62,9 @@ def load(
         scores and stands for nothing. The embedded model has its own.
     device, dtype
         Where and in which precision the weights are held. Recording and attribution run in float32.
+    memory
+        Bytes on the device that encoders of each replacement may take; those that do not fit stay in their files and are
+        read a block of features at a time. By default half of what is free.
 
     Returns
     -------
@@ -82,7 +86,7 @@ def load(
         replacement = [] if model is not None else "attention-sae"
     given = [replacement] if isinstance(replacement, str | Path) else replacement
     paths = [path for one in given for path in _paths(one, embedded=model is None)]
-    replacements = tuple(load_replacement(path, device) for path in paths if not qk_format.is_qk(path))
+    replacements = tuple(load_replacement(path, device, memory) for path in paths if not qk_format.is_qk(path))
     for found in replacements:
         if found.name == found.path.name:  # in the hub's cache that is a commit
             found.name = name_of(found.path) or found.name
