@@ -63,8 +63,8 @@ def load(
     device, dtype
         Where and in which precision the weights are held. Recording and attribution run in float32.
     memory
-        Bytes on the device that encoders of each replacement may take; those that do not fit stay in their files and are
-        read a block of features at a time. By default half of what is free.
+        Bytes on the device that the encoders of each replacement may take; those that do not fit stay in their files
+        and are read a block of features at a time. By default half of what is free.
 
     Returns
     -------
