@@ -10,9 +10,9 @@ value biases b_V, and b the bias of the norm before attention:
     center_writing_weights  everything that is written has its mean over the model's width taken off, with LayerNorm
                             only: x' = x - mean x for streams and sublayer outputs
 
-A reader of x' is a reader of x with other weights, W_enc x' = (W_enc - row means) x, and one of z' has another bias; so
-is a writer of z'. What a dictionary writes in place of x' lacks the mean, which every norm takes off: it is left to the
-error. Features and their activations are those on TransformerLens's model, to rounding.
+A reader of x' is a reader of x with other weights, W_enc x' = (W_enc - row means) x, and a skip connection likewise; one
+of z' has another bias, and so has a writer of z'. What a dictionary writes in place of x' lacks the mean, which every
+norm takes off: it is left to the error. Features and their activations are those on TransformerLens's model, to rounding.
 """
 
 from dataclasses import replace
@@ -45,16 +45,18 @@ def _undone(base: BaseModel, dictionary: Dictionary, processing: Processing) -> 
     if read.norm == "full" and processing.fold_norm:
         read = replace(read, norm="scale")
     W_enc, b_enc, biases = dictionary.W_enc, dictionary.b_enc, dict(dictionary.output_biases)
+    skip = dictionary.skip
     centres = processing.center_writing_weights and base.family.norm == "layer"
     if centres and read.site.name in CENTRED and read.norm == "none":
         W_enc = W_enc - W_enc.mean(1, keepdim=True)
+        skip = skip if skip is None else skip - skip.mean(1, keepdim=True)
     if processing.fold_value_biases:
         if read.site.name == "z" and (lost := _lost(base, read.site.layer, processing, W_enc)) is not None:
             b_enc = b_enc - W_enc @ lost
         for site in dictionary.writes:
             if site.name == "z" and (lost := _lost(base, site.layer, processing, W_enc)) is not None:
                 biases[site] = lost if biases.get(site) is None else biases[site] + lost
-    return replace(dictionary, read=read, W_enc=W_enc, b_enc=b_enc, output_biases=biases)
+    return replace(dictionary, read=read, W_enc=W_enc, b_enc=b_enc, output_biases=biases, skip=skip)
 
 
 def _lost(base: BaseModel, layer: int, processing: Processing, like: Tensor) -> Tensor | None:

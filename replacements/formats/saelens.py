@@ -46,7 +46,7 @@ HOOKS: dict[str, tuple[str, Norm]] = {
     "ln2.hook_normalized": ("resid_mid", "scale"),
     "mlp.hook_in": ("resid_mid", "full"),
 }
-# In the order in which TransformerLens names them: what `from_pretrained` does unless it is told otherwise.
+# What TransformerLens can do to a model when it loads it, by the name of the option.
 STEPS = {
     "fold_ln": "fold_norm",
     "center_writing_weights": "center_writing_weights",
@@ -122,18 +122,16 @@ def _of(config: dict[str, Any], key: str, default: Any = None) -> Any:
 
 
 def _processing(config: dict[str, Any]) -> Processing | None:
-    """What TransformerLens did to the model: all steps, but for those that the configuration switches off."""
-    if _of(config, "model_class_name", "HookedTransformer") not in (
-        "HookedTransformer",
-        "HookedTransformerNoProcessing",
-    ):
+    """What TransformerLens did to the model: the steps that the configuration switches on.
+
+    SAELens loads models with `from_pretrained_no_processing(..., **model_from_pretrained_kwargs)`. A configuration
+    without that key is older than it (September 2024, SAELens #279), when every step was taken.
+    """
+    if _of(config, "model_class_name", "HookedTransformer") != "HookedTransformer":
         return None
-    if _of(config, "model_class_name") == "HookedTransformerNoProcessing":
-        return None
-    options = _of(config, "model_from_pretrained_kwargs") or {}
-    if options.get("no_processing"):
-        return None
-    return Processing(**{ours: bool(options.get(theirs, True)) for theirs, ours in STEPS.items()})
+    options = _of(config, "model_from_pretrained_kwargs", dict.fromkeys(STEPS, True)) or {}
+    found = Processing(**{ours: bool(options.get(theirs, False)) for theirs, ours in STEPS.items()})
+    return None if found == Processing() else found
 
 
 def _place(config: dict[str, Any], hook: Any) -> tuple[int, tuple[str, Norm]]:
@@ -173,6 +171,8 @@ def _dictionary(folder: Path, config: dict[str, Any], device: str) -> Dictionary
     architecture = str(config.get("architecture", "standard"))
     is_transcoder = "transcoder" in architecture
     out = _of(config, "hook_name_out") if is_transcoder else None
+    if is_transcoder and out is None:
+        raise ReplacementError(f"{config['file']}: a transcoder needs hook_name_out, the hook that it writes")
     out_layer, (write, _) = (layer, (read, norm)) if out is None else _place(config, out)
     width, n_features = tensors.matrix_shape("W_enc")
     site = Site(write, out_layer)
@@ -182,8 +182,8 @@ def _dictionary(folder: Path, config: dict[str, Any], device: str) -> Dictionary
     if config.get("apply_b_dec_to_input", not is_transcoder):
         b_enc = b_enc - W_enc @ tensors.whole("b_dec", (width,))
     rows: Rows = decoder
-    if "finetuning_scaling_factor" in tensors and config.get("finetuning_scaling_factor"):
-        rows = Scaled(rows, tensors.whole("finetuning_scaling_factor", (n_features,)))
+    if (factor := _finetuning(config, tensors, n_features)) is not None:
+        rows = Scaled(rows, factor)
     activation, threshold = _activation(config, tensors, n_features)
     if activation.kind == "topk" and config.get("rescale_acts_by_decoder_norm"):
         length = _lengths(decoder).to(device)
@@ -205,6 +205,24 @@ def _dictionary(folder: Path, config: dict[str, Any], device: str) -> Dictionary
         skip=tensors.optional("W_skip", (decoder.shape[1], width)) if "skip" in architecture else None,
         source=str(folder / WEIGHTS),
     )
+
+
+def _finetuning(config: dict[str, Any], tensors: Tensors, n_features: int) -> Tensor | None:
+    """What activations are multiplied by before they are decoded, (F,); the oldest files call it `scaling_factor`."""
+    if "finetuning_scaling_factor" in tensors:
+        used = config.get("finetuning_scaling_factor")
+        return tensors.whole("finetuning_scaling_factor", (n_features,)) if used else None
+    if "scaling_factor" not in tensors:
+        return None
+    factor = tensors.whole("scaling_factor", (n_features,))
+    if (factor == 1.0).all():
+        return None
+    if not config.get("finetuning_scaling_factor"):
+        raise ReplacementError(
+            f"{tensors.path}: 'scaling_factor' is not one everywhere, and {config['file']} does not say whether it is "
+            "used; set finetuning_scaling_factor to true there, or take the tensor out"
+        )
+    return factor
 
 
 def _activation(config: dict[str, Any], tensors: Tensors, n_features: int) -> tuple[Activation, Tensor | None]:

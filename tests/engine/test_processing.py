@@ -20,10 +20,12 @@ from circuits.recording import Recording, record
 from circuits.replacements import Dictionary, load_replacement
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "transformer_lens"
+# SAELens's `model_from_pretrained_kwargs`: what is not named was not done.
 STEPS = {
-    "default": {},
-    "not_centred": {"center_writing_weights": False},
-    "values_only": {"fold_ln": False, "center_writing_weights": False, "center_unembed": False},
+    "default": dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), True),
+    "not_centred": {"fold_ln": True, "center_unembed": True, "fold_value_biases": True},
+    "values_only": {"fold_value_biases": True},
+    "plain": {},
 }
 D, F = 12, 20
 
@@ -42,11 +44,12 @@ def base() -> BaseModel:
 
 
 def write(folder: Path, hook: str, processing: str, out: str | None = None) -> dict[str, Tensor]:
-    """An SAE or a transcoder of random weights in SAELens's layout; its tensors."""
+    """An SAE or a skip transcoder of random weights in SAELens's layout; its tensors."""
     torch.manual_seed(len(hook))
     tensors = {"W_enc": torch.randn(D, F), "b_enc": torch.randn(F), "W_dec": torch.randn(F, D), "b_dec": torch.randn(D)}
+    tensors |= {"W_skip": torch.randn(D, D)} if out else {}
     metadata = {"hook_name": hook, "model_name": "tiny", "model_from_pretrained_kwargs": STEPS[processing]}
-    config = {"architecture": "standard" if out is None else "transcoder", "apply_b_dec_to_input": out is None}
+    config = {"architecture": "standard" if out is None else "skip_transcoder", "apply_b_dec_to_input": out is None}
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(
         json.dumps(config | {"metadata": metadata | ({"hook_name_out": out} if out else {})})
@@ -81,6 +84,23 @@ def test_features_are_those_on_transformer_lens(
     if hook == "attn.hook_z":
         found = here - dictionary.output_biases[dictionary.writes[0]]
         torch.testing.assert_close(found, there - tensors["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("hook", ["hook_resid_mid", "ln2.hook_normalized"])
+@pytest.mark.parametrize("processing", list(STEPS))
+def test_transcoders_read_what_transformer_lens_normalises(
+    processing: str, hook: str, layer: int, lens: dict[str, np.ndarray], base: BaseModel, tmp_path: Path
+) -> None:
+    """Pre-activations and what a skip connection adds; `hook_normalized` lies before gain and bias, folded or not."""
+    tensors = write(tmp_path / "t", f"blocks.{layer}.{hook}", processing, out=f"blocks.{layer}.hook_mlp_out")
+    there = torch.from_numpy(lens[f"{processing}/{layer}/{hook}"])
+    (dictionary,) = undo(base, load_replacement(tmp_path / "t")).dictionaries
+    here = read(record(base, torch.from_numpy(lens["ids"])), dictionary)
+    expected = there @ tensors["W_enc"] + tensors["b_enc"]
+    torch.testing.assert_close(here @ dictionary.W_enc.T + dictionary.b_enc, expected, rtol=1e-4, atol=1e-4)
+    assert dictionary.skip is not None
+    torch.testing.assert_close(here @ dictionary.skip.T, there @ tensors["W_skip"].T, rtol=1e-4, atol=1e-4)
 
 
 def test_processing_matters(lens: dict[str, np.ndarray], base: BaseModel, tmp_path: Path) -> None:

@@ -102,15 +102,38 @@ def test_transcoders(architecture: str, tmp_path: Path) -> None:
 
 
 def test_processing_as_the_configuration_says(tmp_path: Path) -> None:
-    """Steps that it switches off, and models that TransformerLens does not process."""
-    said = {
-        "a": ({"model_from_pretrained_kwargs": {"center_writing_weights": False}}, Processing(True, False, True, True)),
-        "b": ({"model_class_name": "AutoModelForCausalLM"}, None),
-        "c": ({"metadata": {"model_from_pretrained_kwargs": {"fold_ln": False}}}, Processing(False, True, True, True)),
+    """Only steps that are switched on are taken, but for files from before SAELens could say which: all were."""
+    key = "model_from_pretrained_kwargs"
+    said: dict[str, tuple[dict[str, Any], Processing | None]] = {
+        "old": ({}, Processing(True, True, True, True)),
+        "plain": ({key: {}}, None),
+        "null": ({key: None}, None),
+        "off": ({key: {"center_writing_weights": False, "fold_ln": False, "dtype": "float32"}}, None),
+        "centred": ({key: {"center_writing_weights": True}}, Processing(center_writing_weights=True)),
+        "inner": ({"metadata": {key: {"fold_ln": True, "fold_value_biases": True}}}, Processing(True, False, True)),
+        "other": ({"model_class_name": "AutoModelForCausalLM", key: {"fold_ln": True}}, None),
     }
     for name, (config, expected) in said.items():
         write(tmp_path / name, {"architecture": "standard", **FLAT, **config})
         assert load_replacement(tmp_path / name).processing == expected
+
+
+@pytest.mark.parametrize("used", [None, True])
+def test_the_old_name_of_the_scaling_factor(used: bool | None, tmp_path: Path) -> None:
+    """Applied where the configuration says so, without effect where it is one, and refused where that is unclear."""
+    torch.manual_seed(5)
+    config = {"architecture": "standard", "finetuning_scaling_factor": used, **FLAT}
+    write(tmp_path / "ones", config, scaling_factor=torch.ones(F))
+    w = write(tmp_path / "other", config, scaling_factor=torch.rand(F))
+    assert outcome(tmp_path / "ones", torch.randn(T, D))[1].shape == (T, D)
+    if used:
+        x = torch.randn(T, D)
+        a = ((x.double() - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+        expected = (a * w["scaling_factor"]) @ w["W_dec"] + w["b_dec"]
+        torch.testing.assert_close(outcome(tmp_path / "other", x)[1].double(), expected, rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(ReplacementError, match="'scaling_factor' is not one everywhere"):
+            load_replacement(tmp_path / "other")
 
 
 def test_a_folder_of_several(tmp_path: Path) -> None:
@@ -137,6 +160,7 @@ def test_a_folder_of_several(tmp_path: Path) -> None:
         ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
         ({"architecture": "topk", "k": None}, "whole number k"),
         ({"architecture": "jumprelu"}, "'threshold' is missing"),
+        ({"architecture": "transcoder"}, "a transcoder needs hook_name_out"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ processings = {
     "default": (True, True, True, True),
     "not_centred": (True, False, True, True),
     "values_only": (False, False, False, True),
+    "plain": (False, False, False, False),
 }
 hooks = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z",
          "ln2.hook_normalized")  # fmt: skip
