@@ -10,9 +10,9 @@ value biases b_V, and b the bias of the norm before attention:
     center_writing_weights  everything that is written has its mean over the model's width taken off, with LayerNorm
                             only: x' = x - mean x for streams and sublayer outputs
 
-A reader of x' is a reader of x with other weights, W_enc x' = (W_enc - row means) x, and a skip connection likewise; one
+A reader of x' is a reader of x with other weights, W_enc x' = (W_enc - row means) x, and so is a skip connection. One
 of z' has another bias, and so has a writer of z'. What a dictionary writes in place of x' lacks the mean, which every
-norm takes off: it is left to the error. Features and their activations are those on TransformerLens's model, to rounding.
+norm takes off: it is left to the error. Features and activations are those on TransformerLens's model, to rounding.
 """
 
 from dataclasses import replace
@@ -32,10 +32,23 @@ CENTRED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 def undo(base: BaseModel, replacement: Replacement) -> Replacement:
     """The same replacement in terms of Hugging Face's activations; itself where nothing was processed."""
     processing = replacement.processing
+    if replacement.format == "saelens" and not (processing and processing.fold_norm):
+        _check_normalized(base, replacement)
     if processing is None:
         return replacement
     dictionaries = tuple(_undone(base, dictionary, processing) for dictionary in replacement.dictionaries)
     return replace(replacement, dictionaries=dictionaries, processing=None)
+
+
+def _check_normalized(base: BaseModel, replacement: Replacement) -> None:
+    """Refuse who reads `hook_normalized` of an unfolded LayerNorm: TransformerLens 2 has gain and bias in it, 3 not."""
+    for dictionary in replacement.dictionaries:
+        if base.family.norm == "layer" and dictionary.read.norm == "scale":
+            raise CircuitsError(
+                f"{dictionary.source}: reads hook_normalized of a LayerNorm that was not folded, and does not say "
+                "whether TransformerLens 2 (behind gain and bias) or 3 (before them) trained it; name the hook "
+                "mlp.hook_in if it was 2, and set fold_ln in model_from_pretrained_kwargs if it was 3"
+            )
 
 
 def _undone(base: BaseModel, dictionary: Dictionary, processing: Processing) -> Dictionary:
