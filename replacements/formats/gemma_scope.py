@@ -82,6 +82,8 @@ def _files(path: Path) -> list[Path]:
 def _kind(path: Path) -> tuple[str, str, Norm, str]:
     """What the name of the nearest folder that says it stands for."""
     for part in (path.resolve(), *path.resolve().parents):
+        if "gemma-scope" not in part.name.lower():  # in the hub's cache: models--google--gemma-scope-2b-pt-att
+            continue
         words = re.split(r"[-_. ]", part.name.lower())
         for word, kind in KINDS.items():
             if word in words or (word == "transcoders" and "transcoder" in words):
@@ -96,6 +98,10 @@ def _layer(file: Path) -> int:
     for part in file.resolve().parts[::-1]:
         if found := re.fullmatch(r"layer_(\d+)", part):
             return int(found[1])
+        if part == "embedding":
+            raise ReplacementError(
+                f"{file}: is for the token embedding, which a trace keeps as it is; take another site"
+            )
     raise ReplacementError(f"{file}: no folder layer_N above it says which layer it is for")
 
 

@@ -81,11 +81,19 @@ def test_what_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "unnamed", 0, Z)
     with pytest.raises(ReplacementError, match="no folder's name says what these dictionaries read"):
         load_replacement(tmp_path / "unnamed")
-    broken = tmp_path / "x-transcoders" / "layer_0"
+    write(tmp_path / "att" / "mine", 0, Z)  # not a name of the release
+    with pytest.raises(ReplacementError, match="no folder's name says what these dictionaries read"):
+        load_replacement(tmp_path / "att" / "mine")
+    embedding = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6"
+    embedding.mkdir(parents=True)
+    (embedding / "params.npz").write_bytes(b"nothing")
+    with pytest.raises(ReplacementError, match="for the token embedding"):
+        load_replacement(embedding)
+    broken = tmp_path / "gemma-scope-x-transcoders" / "layer_0"
     broken.mkdir(parents=True)
     (broken / "params.npz").write_bytes(b"nothing")
     with pytest.raises(ReplacementError, match="no npz file of plain arrays"):
-        load_replacement(tmp_path / "x-transcoders")
+        load_replacement(tmp_path / "gemma-scope-x-transcoders")
     np.savez(broken / "params.npz", W_enc=np.zeros((D, F)))
     with pytest.raises(ReplacementError, match="array 'b_enc' is missing"):
-        load_replacement(tmp_path / "x-transcoders")
+        load_replacement(tmp_path / "gemma-scope-x-transcoders")
