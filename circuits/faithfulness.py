@@ -261,10 +261,9 @@ class _PartialRun:
 
     def _norm(self, module: nn.Module, x: Tensor) -> NormRecord:
         """A norm with the denominators (R, S) that it has on x (R, S, D)."""
-        gain, bias, epsilon = self.linear.model.norm_parameters(module)
-        centred = self.linear.model.family.norm == "layer"
-        deviation = x - x.mean(-1, keepdim=True) if centred else x
-        return NormRecord(gain, bias, (deviation.pow(2).mean(-1) + epsilon).rsqrt(), centred)
+        model = self.linear.model
+        gain, bias, _ = model.norm_parameters(module)
+        return NormRecord(gain, bias, model.norm_scale(module, x), model.family.norm == "layer")
 
     def _encoded(self, index: int) -> tuple[Encoded, Encoded]:
         """A dictionary on the current stream: all of it, and what the masks keep."""

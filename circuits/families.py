@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from circuits.errors import CircuitsError
@@ -22,8 +23,10 @@ class Family:
 
     `gain_offset` is added to the weight of every norm to give its gain. `attention_post_norm` and `mlp_post_norm` stand
     between a sublayer and the stream. `sinks` is a parameter of attention: the score, one a head, of a key that is
-    always there and has no value, so that patterns do not sum to one. `parallel` names the setting of the configuration
-    that says whether attention and MLP of a block read the same stream.
+    always there and has no value, so that patterns do not sum to one. With `norms_before` false no norm stands before a
+    sublayer: `attention_norm` and `mlp_norm` are then the names that `Passing` modules get there. With
+    `head_norm_over_all` the norms of queries and keys go over all heads at once. `parallel` names the
+    setting of the configuration that says whether attention and MLP of a block read the same stream.
     """
 
     model_type: str
@@ -53,6 +56,8 @@ class Family:
     gain_offset: float = 0.0
     parallel: str | None = None
     sinks: str | None = None
+    norms_before: bool = True
+    head_norm_over_all: bool = False
     unembedding: str = "lm_head"
 
     @property
@@ -141,6 +146,19 @@ PHI3 = replace(
     fused="sizes",
 )
 
+OLMO2 = replace(
+    LLAMA,
+    model_type="olmo2",
+    attention_norm="attention_input",
+    mlp_norm="mlp_input",
+    norms_before=False,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    head_norm_over_all=True,
+)
+
 GPT_OSS = replace(LLAMA, model_type="gpt_oss", sinks="self_attn.sinks")
 
 GPT_NEOX = Family(
@@ -168,12 +186,17 @@ GPT_NEOX = Family(
 
 FAMILIES = {
     family.model_type: family
-    for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, GPT_OSS)
+    for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, OLMO2, PHI3, GPT_OSS)
 }
+
+
+# Models with vision, whose text model alone is read: what transformers calls it.
+TEXT_MODELS = {"gemma3": "gemma3_text"}
 
 
 def family_of(model_type: str, name: str) -> Family:
     """The description of a model type, or an error that lists the known ones."""
+    model_type = TEXT_MODELS.get(model_type, model_type)
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CircuitsError(f"{name}: unknown model family {model_type!r}; known families: {known}")
@@ -183,6 +206,35 @@ def family_of(model_type: str, name: str) -> Family:
 def part(root: nn.Module, path: str) -> nn.Module:
     """The submodule at an attribute path."""
     return cast(nn.Module, attrgetter(path)(root))
+
+
+class Passing(nn.Module):
+    """Gives on what it gets. It stands before a sublayer in families without a norm there, as one of gain one whose
+    denominator is one, so that every family has a place where a sublayer reads."""
+
+    eps = 0.0
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones_like(like), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """A forward pre-hook of the sublayer that calls this module on what the sublayer reads."""
+        if args:
+            return (self(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self(kwargs["hidden_states"])}
+
+
+def place_passing(family: Family, block: nn.Module) -> None:
+    """Give a block without norms before its sublayers the modules that stand for them, once."""
+    for name, sublayer in ((family.attention_norm, family.attention), (family.mlp_norm, family.mlp)):
+        if not hasattr(block, name):
+            passing = Passing(cast(Tensor, part(block, family.mlp_out).weight))
+            block.add_module(name, passing)
+            part(block, sublayer).register_forward_pre_hook(passing.before, with_kwargs=True)
 
 
 def linear_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -137,10 +137,10 @@ class RealRun:
             return x
         model = self.linear.model
         path = model.family.attention_norm if read.site.name == "resid_pre" else model.family.mlp_norm
-        gain, bias, epsilon = model.norm_parameters(part(model.blocks[read.site.layer], path))
-        if model.family.norm == "layer":
-            x = x - x.mean(-1, keepdim=True)
-        x = x * (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
+        module = part(model.blocks[read.site.layer], path)
+        gain, bias, _ = model.norm_parameters(module)
+        scale = model.norm_scale(module, x).unsqueeze(-1)
+        x = (x - x.mean(-1, keepdim=True) if model.family.norm == "layer" else x) * scale
         if read.norm == "scale":
             return x
         return x * gain if bias is None else x * gain + bias

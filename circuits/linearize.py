@@ -90,6 +90,7 @@ class LinearizedModel:
         self.n_depths = 2 * shape.n_layers + 1
         self._own_patterns: dict[int, Tensor] = {}
         self._probabilities: dict[int, Tensor] = {}
+        self._head_scales: dict[int, tuple[Tensor | None, Tensor | None]] = {}
 
     def _reads_inside_block(self, dictionary: Dictionary) -> bool:
         inside = dictionary.read.site.name in ("attn_out", "z", "v", "resid_mid")
@@ -103,6 +104,16 @@ class LinearizedModel:
     def read_depth(self, name: str, layer: int) -> int:
         """A reader sees the writes of depths below this; see the function of this name."""
         return read_depth(name, layer, parallel=self.parallel)
+
+    def head_norm_scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """One over the recorded denominators (S,) of the norms of queries and keys that go over all heads of a layer;
+        None in most families."""
+        if not self.model.family.head_norm_over_all:
+            return None, None
+        if layer not in self._head_scales:
+            x = self.recording.read(ReadSite(Site("resid_pre", layer), "full"))
+            self._head_scales[layer] = self.model.score_weights(layer).scales_over_all(x)
+        return self._head_scales[layer]
 
     @cached_property
     def live_depths(self) -> tuple[int, ...]:

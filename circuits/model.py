@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from circuits.errors import CircuitsError
-from circuits.families import Family, family_of, linear_parameters, norm_epsilon, part
+from circuits.families import (
+    TEXT_MODELS,
+    Family,
+    Passing,
+    family_of,
+    linear_parameters,
+    norm_epsilon,
+    part,
+    place_passing,
+)
 from circuits.score_weights import Rotary, ScoreWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,6 +79,9 @@ class BaseModel:
             context=int(config.max_position_embeddings),
         )
         self.device = next(lm.parameters()).device
+        if not self.family.norms_before:
+            for block in self.blocks:
+                place_passing(self.family, block)
         self._rotary: dict[str | None, Rotary] = {}
 
     @property
@@ -147,8 +159,8 @@ class BaseModel:
             b_q=b_q,
             w_k=w_k,
             b_k=b_k,
-            query_norm=self._head_norm(layer, family.query_norm),
-            key_norm=self._head_norm(layer, family.key_norm),
+            query_norm=self._head_norm(layer, family.query_norm, shape.n_heads),
+            key_norm=self._head_norm(layer, family.key_norm, shape.n_kv_heads),
             scale=float(attention.scaling),
             soft_cap=self.attention_soft_cap,
             window=self.window(layer),
@@ -212,11 +224,19 @@ class BaseModel:
 
         return split(weight), None if bias is None else split(bias)
 
-    def _head_norm(self, layer: int, path: str | None) -> tuple[Tensor, float] | None:
+    def _head_norm(self, layer: int, path: str | None, n_heads: int) -> tuple[Tensor, float] | None:
         if path is None:
             return None
         gain, _, epsilon = self.norm_parameters(part(self.blocks[layer], path))
-        return gain, epsilon
+        return (gain.view(n_heads, -1) if self.family.head_norm_over_all else gain), epsilon
+
+    def norm_scale(self, module: nn.Module, x: Tensor) -> Tensor:
+        """One over the denominators (...) that a norm has on x (..., D)."""
+        if isinstance(module, Passing):
+            return torch.ones_like(x[..., 0])
+        if self.family.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        return (x.pow(2).mean(-1) + norm_epsilon(module)).rsqrt()
 
     def norm_parameters(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
         """Gain (D,), bias (D,) or None, and epsilon of a norm, in float32."""
@@ -284,8 +304,20 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
             raise CircuitsError(
                 f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained"
             )
+    if config.model_type in TEXT_MODELS:
+        lm = _text_model(lm)
     shown = Path(name).resolve().name if Path(name).is_dir() else str(name)
     return BaseModel(lm.to(device), load_tokenizer(name), shown, _weight_files(name))
+
+
+def _text_model(lm: Any) -> nn.Module:
+    """The text model of a Gemma 3 with vision, as transformers would have loaded it alone."""
+    from transformers import Gemma3ForCausalLM
+
+    with torch.device("meta"):
+        text = Gemma3ForCausalLM(lm.config.text_config)
+    text.model, text.lm_head = lm.model.language_model, lm.lm_head
+    return cast(nn.Module, text)
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -174,9 +174,9 @@ class LayerScores:
         weights = ends.base.score_weights(layer)
         self.w_q, self.w_k = weights.scale * weights.w_q, weights.w_k
         if weights.query_norm is not None:
-            self.w_q = weights.query_norm[0].unsqueeze(1) * self.w_q
+            self.w_q = weights.query_norm[0].unsqueeze(-1) * self.w_q
         if weights.key_norm is not None:
-            self.w_k = weights.key_norm[0].unsqueeze(1) * self.w_k
+            self.w_k = weights.key_norm[0].unsqueeze(-1) * self.w_k
         one = torch.eye(self.w_q.shape[1], device=self.w_q.device)
         place = torch.zeros(len(one), dtype=torch.long, device=one.device)
         self.turn = weights.turn(one, place + offset) @ weights.turn(one, place).T

@@ -213,7 +213,5 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _norm(model: BaseModel, module: nn.Module, x: Tensor) -> NormRecord:
-    gain, bias, epsilon = model.norm_parameters(module)
-    centred = model.family.norm == "layer"
-    deviation = x - x.mean(-1, keepdim=True) if centred else x
-    return NormRecord(gain, bias, (deviation.pow(2).mean(-1) + epsilon).rsqrt(), centred)
+    gain, bias, _ = model.norm_parameters(module)
+    return NormRecord(gain, bias, model.norm_scale(module, x), model.family.norm == "layer")

@@ -48,12 +48,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Projection:
-    """How a circuit makes queries or keys of what it reads: `weight` (E, D), `bias` (E,), then norm, turn and scale."""
+    """How a circuit makes queries or keys of what it reads: `weight` (E, D), `bias` (E,), then norm, turn and scale.
+
+    `norm` is the gain (E,) and epsilon; where it goes over all heads, `scales` (S,) is one over its denominators.
+    """
 
     weight: Tensor
     bias: Tensor | None
     norm: tuple[Tensor, float] | None
     scale: float
+    scales: Tensor | None = None
 
 
 class ScoreCircuit:
@@ -71,11 +75,13 @@ class ScoreCircuit:
         kv = head // (weights.w_q.shape[0] // weights.w_k.shape[0])
         self.keys_of, self.weights = kv, weights
         b_q, b_k = weights.b_q, weights.b_k
-        self.query = Projection(
-            weights.w_q[head], None if b_q is None else b_q[head], weights.query_norm, weights.scale
-        )
-        self.key = Projection(weights.w_k[kv], None if b_k is None else b_k[kv], weights.key_norm, 1.0)
         recording = linear.recording
+        over_all = linear.head_norm_scales(layer)
+        norm_q, norm_k = _of_head(weights.query_norm, head), _of_head(weights.key_norm, kv)
+        self.query = Projection(
+            weights.w_q[head], None if b_q is None else b_q[head], norm_q, weights.scale, over_all[0]
+        )
+        self.key = Projection(weights.w_k[kv], None if b_k is None else b_k[kv], norm_k, 1.0, over_all[1])
         raw = recording.queries[layer, :, head] @ recording.keys[layer, :, kv].T
         cap = weights.soft_cap
         self.scores = raw if cap is None else cap * torch.tanh(raw / cap)
@@ -92,6 +98,11 @@ class ScoreCircuit:
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary position embedding of x (..., n, E) at positions (n,)."""
         return self.weights.turn(x, positions)
+
+
+def _of_head(norm: tuple[Tensor, float] | None, head: int) -> tuple[Tensor, float] | None:
+    """The gain (E,) and epsilon of one head."""
+    return norm if norm is None or norm[0].ndim == 1 else (norm[0][head], norm[1])
 
 
 class OwnScoreCircuit(ScoreCircuit):
@@ -278,9 +289,12 @@ def _finished(
     if projections[0].norm is not None:
         gain = torch.stack([p.norm[0] for p in projections if p.norm is not None]).unsqueeze(1)
         epsilon = projections[0].norm[1]
-        whole = torch.split(parts, list(sizes) or [parts.shape[1]], dim=1)
-        size = [part.double().sum(1).square().mean(-1, keepdim=True).expand(-1, part.shape[1]) for part in whole]
-        parts = parts * (gain * (torch.cat(size, dim=1) + epsilon).rsqrt().float().unsqueeze(-1))
+        if projections[0].scales is not None:
+            parts = parts * (gain * projections[0].scales[place].unsqueeze(-1))
+        else:
+            whole = torch.split(parts, list(sizes) or [parts.shape[1]], dim=1)
+            size = [part.double().sum(1).square().mean(-1, keepdim=True).expand(-1, part.shape[1]) for part in whole]
+            parts = parts * (gain * (torch.cat(size, dim=1) + epsilon).rsqrt().float().unsqueeze(-1))
     turned = circuit.turn(parts, place)
     return turned if projections[0].scale == 1.0 else turned * projections[0].scale
 

@@ -26,7 +26,8 @@ class ScoreWeights:
     w_q, b_q, w_k, b_k
         (H, E, D), (H, E), (K, E, D), (K, E); biases None where the family has none.
     query_norm, key_norm
-        Gain (E,) and epsilon of an RMS norm over each head's query and key, where the family has them.
+        Gain (E,) and epsilon of an RMS norm over each head's query and key, where the family has them; gain (H, E)
+        and (K, E) where the norm goes over all heads at once.
     scale
         Of the product.
     soft_cap
@@ -47,6 +48,19 @@ class ScoreWeights:
     soft_cap: float | None
     window: int | None
     rotary: Rotary | None
+
+    def scales_over_all(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """One over the denominators (S,) of the norms of queries and of keys that go over all heads, for what the layer
+        reads, x (S, D), behind its norm; None for norms of each head."""
+        found: list[Tensor | None] = []
+        for w, b, norm in ((self.w_q, self.b_q, self.query_norm), (self.w_k, self.b_k, self.key_norm)):
+            if norm is None or norm[0].ndim == 1:
+                found.append(None)
+                continue
+            heads = x @ w.flatten(0, 1).T
+            heads = heads if b is None else heads + b.flatten()
+            found.append((heads.pow(2).mean(-1) + norm[1]).rsqrt())
+        return found[0], found[1]
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary position embedding of x (..., n, E) at positions (n,)."""

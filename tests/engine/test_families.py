@@ -14,6 +14,7 @@ import torch
 from tiny_models import FAMILIES as CASES
 from tiny_models import PROMPT, FamilyName, build, in_memory, random_lm
 from torch import Tensor
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import circuits
 from circuits.errors import CircuitsError
@@ -27,7 +28,7 @@ from circuits.targets import TopTokens
 from circuits.tracing import lay_out
 
 NAMES = get_args(FamilyName)
-POST_NORMS = ("gemma2", "gemma3")
+POST_NORMS = ("gemma2", "gemma3", "olmo2")
 WINDOWS = {
     "gemma2": {3, None},
     "gemma3": {3, None},
@@ -131,7 +132,8 @@ def _turned(weights: ScoreWeights, x: Tensor, w: Tensor, b: Tensor | None, norm:
     found = torch.einsum("sd,hed->she", x, w)
     found = found if b is None else found + b
     if norm is not None:
-        found = found * (found.pow(2).mean(-1, keepdim=True) + norm[1]).rsqrt() * norm[0]
+        over = (-1, -2) if norm[0].ndim == 2 else (-1,)
+        found = found * (found.pow(2).mean(over, keepdim=True) + norm[1]).rsqrt() * norm[0]
     return weights.turn(found.transpose(0, 1), POSITIONS).transpose(0, 1)
 
 
@@ -148,6 +150,28 @@ def test_a_saved_model_is_loaded_and_traced(name: FamilyName, tmp_path: Path) ->
     assert graph.metadata["ledger"]["max_relative_gap"] < 1e-5
     assert len(graph.edges) > 10
     assert set(graph.metadata["attention"]) == {"frozen"}
+
+
+def test_the_text_model_of_one_with_vision(tmp_path: Path) -> None:
+    """A Gemma 3 with a vision tower: its text model is read, with the logits that the whole has on text."""
+    torch.manual_seed(3)
+    text = recorded("gemma3")[0].lm.config.to_dict() | {"final_logit_softcapping": None}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=9)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    base = load_base_model(tmp_path)
+    ids = torch.tensor([[0, 3, 7, 1, 3, 10]])
+    with torch.no_grad():
+        expected = whole(ids).logits[0]
+    assert base.family.model_type == "gemma3_text"
+    assert not any("vision" in name for name, _ in base.lm.named_parameters())
+    recording = record(base, ids[0])
+    for position in range(ids.shape[1]):
+        torch.testing.assert_close(recording.logits(base, position), expected[position], rtol=1e-5, atol=1e-5)
+    graph = circuits.trace(circuits.load(tmp_path), ids[0].tolist())
+    assert graph.metadata["ledger"]["max_relative_gap"] < 1e-5
 
 
 def test_a_mixture_before_and_behind_a_post_norm_is_traced_but_not_run() -> None:

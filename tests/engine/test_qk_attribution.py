@@ -65,7 +65,18 @@ def pair_sums(explained: Explained) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_add_up(name: str) -> None:
     """All pairs add up to the recorded score and, weighted, to `log A - sum A log A` of the recorded pattern."""
-    sweep = laid_out(CASES[name])
+    check_sums(CASES[name])
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma3", "mistral", "qwen2", "phi3"])
+def test_pairs_add_up_in_further_families(family: str) -> None:
+    """Norms of queries over all heads at once, windows, biases and a rotary base a layer."""
+    check_sums(Case(family, attention={0: "z", 2: "attn_out"}, seed=94))  # type: ignore[arg-type]
+
+
+def check_sums(case: Case) -> None:
+    """Every step of a case."""
+    sweep = laid_out(case)
     count = 0
     for explained in QKAttribution.of(sweep).explain(every_step(sweep)):
         block, circuit, key = explained.block, explained.circuit, explained.key

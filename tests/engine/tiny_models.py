@@ -27,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -45,7 +47,7 @@ from circuits.replacements.sites import Norm
 
 FamilyName = Literal[
     "gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential",
-    "llama3", "mistral", "qwen2", "gemma", "gemma3", "phi3", "gpt_oss",
+    "llama3", "mistral", "qwen2", "gemma", "gemma3", "olmo2", "phi3", "gpt_oss",
 ]  # fmt: skip
 N_LAYERS, D_MODEL, N_HEADS, VOCABULARY, BOS = 3, 16, 4, 11, 0
 PROMPT = (BOS, 3, 7, 1, 3, 10)
@@ -276,6 +278,8 @@ def random_lm(family: str, generator: torch.Generator) -> nn.Module:
             Gemma3TextConfig(**common, **grouped, sliding_window=3, layer_types=kinds, rope_parameters=turns,
                              query_pre_attn_scalar=5, pad_token_id=BOS)
         )  # fmt: skip
+    elif family == "olmo2":
+        lm = Olmo2ForCausalLM(Olmo2Config(**common, **grouped, pad_token_id=BOS))
     elif family == "phi3":
         lm = Phi3ForCausalLM(Phi3Config(**common, intermediate_size=24, num_key_value_heads=2,
                                         sliding_window=3, pad_token_id=BOS))  # fmt: skip

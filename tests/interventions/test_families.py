@@ -14,7 +14,7 @@ from circuits.interventions import Bench, Change, capped
 IDS = [3, 7, 1, 3, 10, 2]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma2", "neox", "neox_sequential"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma2", "gemma3", "olmo2", "neox", "neox_sequential"])
 def test_without_changes_it_is_the_model_itself(family: str) -> None:
     """Logits through the final soft cap are Hugging Face's, and so are greedy tokens beyond a sliding window."""
     case = Case(family, moved=("mtc.0", "mtc-top4.1"), attention={2: "z"}, special=False, seed=91)  # type: ignore[arg-type]
