@@ -73,20 +73,9 @@ class FrozenAttention:
         y = z @ self.weights.w_o.flatten(0, 1)
         return y if self.post is None else self.post.apply(y, positions)
 
-    @cached_property
-    def _folded(self) -> tuple[Tensor, Tensor]:
-        """Output weights (H, E, D) behind the post-norm's gain, value weights (K, E, D) behind the norm's linear part;
-        the scales of both norms, one a position, are left out."""
-        w_o, w_v = self.weights.w_o, self.weights.w_v * self.norm.gain
-        if self.norm.centred:
-            w_v = w_v - w_v.mean(-1, keepdim=True)
-        if self.post is not None:
-            w_o = (w_o - w_o.mean(-1, keepdim=True) if self.post.centred else w_o) * self.post.gain
-        return w_o, w_v
-
     def pull_heads(self, positions: Tensor, u: Tensor, n_keys: int) -> Tensor:
         """Readers (B, H, E) of the head outputs at `positions` (B,) as covectors (B, n_keys, D) of `resid_pre`."""
-        c = pull_readers(self.pattern, positions, u, self._folded[1], n_keys)
+        c = pull_readers(self.pattern, positions, u, self.weights.folded[1], n_keys)
         return c.mul_(self.norm.scale[:n_keys, None])
 
     def pull_local(self, g: Tensor, positions: Tensor, n_keys: int) -> Tensor:
@@ -98,7 +87,7 @@ class FrozenAttention:
 
         The norms stand in the weights, their scales in what has the width of the heads.
         """
-        w_o, w_v = self._folded
+        w_o, w_v = self.weights.folded
         scale = None if self.post is None else self.post.scale
         c = pull_values(self.pattern, g, w_o, len(w_v), scale).mul_(self.norm.scale[: g.shape[1], None])
         return torch.addmm(g.flatten(0, 1), c.flatten(0, 1), w_v.flatten(0, 1)).view_as(g)
@@ -106,7 +95,7 @@ class FrozenAttention:
     def pull_values(self, g: Tensor) -> Tensor:
         """Covectors (B, S, D) of the attention output as covectors (B, S, K x E) of the values."""
         scale = None if self.post is None else self.post.scale
-        return pull_values(self.pattern, g, self._folded[0], len(self.weights.w_v), scale)
+        return pull_values(self.pattern, g, self.weights.folded[0], len(self.weights.w_v), scale)
 
     def pull_value_readers(self, readers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Readers (B, K x E) of the values at `positions` as covectors (B, D) of `resid_pre`, and what they make of the

@@ -42,12 +42,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One layer's value and output weights in float32: `w_v` (K, E, D), `b_v` (K, E), `w_o` (H, E, D), `b_o` (D,)."""
+    """One layer's value and output weights, float32: `w_v` (K, E, D), `b_v` (K, E), `w_o` (H, E, D), `b_o` (D,).
+
+    `norm` is gain (D,) of the norm that the values are read through and whether it is centred, `post` that of a norm
+    behind the output, where a family has one.
+    """
 
     w_v: Tensor
     b_v: Tensor | None
     w_o: Tensor
     b_o: Tensor | None
+    norm: tuple[Tensor, bool]
+    post: tuple[Tensor, bool] | None = None
+
+    @cached_property
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """`w_o` behind the norm after it, `w_v` behind the one before it; their scales, one a position, left out."""
+        w_o, w_v, (gain, centred) = self.w_o, self.w_v, self.norm
+        w_v = w_v * gain
+        if centred:
+            w_v = w_v - w_v.mean(-1, keepdim=True)
+        if self.post is not None:
+            gain, centred = self.post
+            w_o = (w_o - w_o.mean(-1, keepdim=True) if centred else w_o) * gain
+        return w_o, w_v
 
 
 class BaseModel:
@@ -83,6 +101,7 @@ class BaseModel:
             for block in self.blocks:
                 place_passing(self.family, block)
         self._rotary: dict[str | None, Rotary] = {}
+        self._attention_weights: dict[int, AttentionWeights] = {}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -137,16 +156,27 @@ class BaseModel:
         return None if cap is None else float(cap)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Value and output weights of one layer, split by head."""
-        shape = self.shape
-        w_v, b_v = self._projection(layer, self.family.value, self.family.value_part, shape.n_kv_heads)
-        w_o, b_o = linear_parameters(part(self.blocks[layer], self.family.attention_output))
-        return AttentionWeights(
+        """Value and output weights of one layer, split by head; kept where they are stored in float32."""
+        if layer in self._attention_weights:
+            return self._attention_weights[layer]
+        shape, family, block = self.shape, self.family, self.blocks[layer]
+        w_v, b_v = self._projection(layer, family.value, family.value_part, shape.n_kv_heads)
+        stored, b_o = linear_parameters(part(block, family.attention_output))
+
+        def gain(path: str) -> tuple[Tensor, bool]:
+            return self.norm_parameters(part(block, path))[0], family.norm == "layer"
+
+        weights = AttentionWeights(
             w_v=w_v,
             b_v=b_v,
-            w_o=w_o.T.float().reshape(shape.n_heads, shape.d_head, shape.d_model),
+            w_o=stored.T.float().reshape(shape.n_heads, shape.d_head, shape.d_model),
             b_o=None if b_o is None else b_o.float(),
+            norm=gain(family.attention_norm),
+            post=None if family.attention_post_norm is None else gain(family.attention_post_norm),
         )
+        if stored.dtype == torch.float32:
+            self._attention_weights[layer] = weights
+        return weights
 
     def score_weights(self, layer: int) -> ScoreWeights:
         """Query and key weights of one layer, split by head, and what stands between them and the score."""

@@ -3,7 +3,7 @@
 Nodes are sorted by position, then depth, then feature, so the nodes of one position are one slice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from circuits.replacements.sites import Site
 from circuits.replacements.weights import unmap
 
 ROWS = 1024  # decoder rows on their way at a time: they fit into the cache
+SHORT = 16  # decoder rows that are too few to be read alone
 GAPS = 1.15  # writers without gaps may be so many times those that write
 
 
@@ -287,7 +288,8 @@ def _write(
     vectors = _empty(nodes, [number for _, number in writing], constant.shape[1], constant.device)
     total = torch.zeros_like(constant)
     for block, number in writing:
-        at = torch.from_numpy(np.searchsorted(nodes, number)).to(constant.device)
+        places = np.searchsorted(nodes, number)
+        at = torch.from_numpy(places).to(constant.device)
         if depth in block.writes:
             vectors[at] = block.writes[depth]
         elif block.is_error:
@@ -297,19 +299,33 @@ def _write(
                 constant = constant.clone()
                 constant[0] += error[0]
         else:
-            for first in range(0, len(number), ROWS):
-                some = slice(first, first + ROWS)
-                rows = _decoded(linear, block, depth, some)
-                vectors.index_copy_(0, at[some], rows)
+            for some, is_run in _runs(places):
+                out = vectors[places[some.start] : places[some.start] + some.stop - some.start] if is_run else None
+                rows = _decoded(linear, block, depth, some, out)
+                if out is None:
+                    vectors.index_copy_(0, at[some], rows)
+                elif rows.data_ptr() != out.data_ptr():
+                    out.copy_(rows)
                 total.index_add_(0, block.active.positions[some], rows)
     return Write(torch.from_numpy(nodes).to(constant.device), vectors), constant
 
 
-def _decoded(linear: LinearizedModel, block: _Block, depth: int, some: slice) -> Tensor:
-    """What some features of a block write at a depth, (m, D)."""
+def _runs(places: np.ndarray) -> Iterator[tuple[slice, bool]]:
+    """Pieces of ascending places, at most `ROWS` long, and whether a piece has no gaps; runs where they are long."""
+    ends = np.append(np.flatnonzero(np.diff(places) != 1) + 1, len(places))
+    long = len(places) >= SHORT * len(ends)
+    first = 0
+    for end in ends.tolist() if long else [len(places)]:
+        for start in range(first, end, ROWS):
+            yield slice(start, min(start + ROWS, end)), long
+        first = end
+
+
+def _decoded(linear: LinearizedModel, block: _Block, depth: int, some: slice, out: Tensor | None) -> Tensor:
+    """What some features of a block write at a depth, (m, D); in `out` if it can be put there at once."""
     dictionary, active, site = linear.dictionaries[block.dictionary], block.active, block.sites[depth]
     directions = None if active.directions is None else active.directions[some]
-    rows = dictionary.decoder_rows(active.features[some], site, directions)
+    rows = dictionary.decoder_rows(active.features[some], site, directions, out=None if site.name == "z" else out)
     rows = linear.through_output(site, rows, active.positions[some], before_post_norm=dictionary.before_post_norm)
     return rows.mul_(active.activations[some].unsqueeze(1))
 

@@ -225,15 +225,22 @@ class Dictionary:
         """(n,)."""
         return _along(self.b_enc[self._rows(features).to(self.b_enc.device)].unsqueeze(-1), directions).squeeze(-1)
 
-    def decoder_rows(self, features: Tensor, site: Site, directions: Tensor | None = None) -> Tensor:
-        """(n, d_write) float32: what one unit of each feature writes to `site`. Only these rows are read."""
+    def decoder_rows(
+        self, features: Tensor, site: Site, directions: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
+        """(n, d_write) float32: what one unit of each feature writes to `site`. Only these rows are read.
+
+        `out` (n, d_write) is where they may be put, where they come as they are: see what is returned.
+        """
         if site not in self.decoders:
             raise ReplacementError(
                 f"{self.source}: dictionary {self.name} does not write to {site}, only to "
                 f"{', '.join(str(write) for write in self.writes)}"
             )
         decoder = self.decoders[site]
-        rows = decoder.rows.rows(self._rows(features.cpu()).flatten(), column=decoder.column).to(self.b_enc.device)
+        place = out if self.rank == 1 and out is not None and out.device.type == "cpu" else None
+        index = self._rows(features.cpu()).flatten()
+        rows = decoder.rows.rows(index, column=decoder.column, out=place).to(self.b_enc.device)
         return _along(rows.view(len(features), self.rank, rows.shape[-1]), directions)
 
     def _rows(self, features: Tensor) -> Tensor:

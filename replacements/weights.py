@@ -23,7 +23,7 @@ NUMPY_TYPES: dict[str, str] = {
     "F64": "<f8",
     "F32": "<f4",
     "F16": "<f2",
-    "BF16": "<u2",  # numpy has no bfloat16: read as integers, widened in `_to_float32`
+    "BF16": "<u2",  # numpy has no bfloat16
     "I64": "<i8",
     "I32": "<i4",
     "I16": "<i2",
@@ -31,12 +31,12 @@ NUMPY_TYPES: dict[str, str] = {
     "U8": "u1",
     "BOOL": "?",
 }
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LONGEST_HEADER = 100_000_000  # bytes; the limit that the safetensors library itself sets
 
 
 class Rows(Protocol):
-    """A matrix (F, D), or a stack of matrices (F, W, D), read by rows."""
+    """A matrix (F, D), or a stack of matrices (F, W, D), read by rows; `out` is where they may be put."""
 
     @property
     def name(self) -> str: ...
@@ -44,7 +44,7 @@ class Rows(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor: ...
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor: ...
 
     def all(self) -> Tensor: ...
 
@@ -71,65 +71,78 @@ class LazyTensor:
     dtype: str
     offset: int
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         """The rows `index` (n,), in that order, repeats allowed.
 
         Gives (n, *shape[1:]). With `column=j` a tensor of shape (F, W, D) gives its slices [:, j], (n, D), and the
-        other columns are not read.
+        other columns are not read. Rows stored as float32 go straight to `out`, where that is given.
 
         Raises
         ------
         ReplacementError
             A row does not exist, the type is not a float, or a number that was read is not finite.
         """
-        rows = index.detach().cpu().numpy().astype(np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= self.shape[0]):
-            bad = rows.max() if rows.max() >= self.shape[0] else rows.min()
+        rows = index.detach().cpu().long()
+        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self.shape[0]):
+            bad = int(rows.max()) if int(rows.max()) >= self.shape[0] else int(rows.min())
             raise ReplacementError(
                 f"{self.path}: row {bad} of tensor {self.name!r} was asked for, which has {self.shape[0]} rows"
             )
         tail = self.shape[1:] if column is None else self.shape[2:]
-        if not rows.size or 0 in self.shape:
+        if not len(rows) or 0 in self.shape:
             return torch.zeros((len(rows), *tail))
-        mapped = self._map()
-        return self._to_float32(mapped[rows] if column is None else mapped[rows, column])
+        stored = self.stored()
+        stored = stored if column is None else stored[:, column]
+        if self.dtype == "F32":
+            return self.checked(torch.index_select(stored, 0, rows, out=out))
+        return self.checked(stored.index_select(0, rows).float())
 
     def all(self) -> Tensor:
         """The whole tensor. For encoders and biases; decoders are read through `rows`."""
         if 0 in self.shape:
             return torch.zeros(self.shape)
-        dtype = np.dtype(NUMPY_TYPES[self.dtype])
-        values = np.fromfile(self.path, dtype, count=prod(self.shape), offset=self.offset)
-        return self._to_float32(values.reshape(self.shape))
+        self._check_type()
+        bits = np.fromfile(self.path, np.uint8, count=prod(self.shape) * self.itemsize, offset=self.offset)
+        return self.checked(torch.from_numpy(bits).view(FLOATS[self.dtype]).view(self.shape).float())
 
-    def _map(self) -> "np.ndarray[Any, Any]":
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return int(np.dtype(NUMPY_TYPES[self.dtype]).itemsize)
+
+    def stored(self) -> Tensor:
+        """The tensor as it lies in its file, mapped into memory."""
+        self._check_type()
         file = self.path.stat()
         return _mapped(self.path, (file.st_ino, file.st_mtime_ns, file.st_size), self.dtype, self.shape, self.offset)
 
-    def _to_float32(self, values: "np.ndarray[Any, Any]") -> Tensor:
+    def _check_type(self) -> None:
         if self.dtype not in FLOATS:
             raise ReplacementError(
                 f"{self.path}: tensor {self.name!r} has type {self.dtype}, expected one of {', '.join(FLOATS)}; "
                 "save the weights as float32, float16 or bfloat16"
             )
-        if self.dtype == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        result = torch.from_numpy(values.astype(np.float32, copy=False))
+
+    def checked(self, values: Tensor) -> Tensor:
+        """The values that were read, if all are finite."""
         # A sum is finite only if all terms are; large ones may overflow it, so the terms then decide.
-        if not torch.isfinite(result.sum()) and not torch.isfinite(result).all():
+        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             raise ReplacementError(
                 f"{self.path}: tensor {self.name!r} holds NaN or infinite values; "
                 "the file is damaged or its training diverged: take another checkpoint"
             )
-        return result
+        return values
 
 
 @lru_cache(maxsize=1024)
-def _mapped(
-    path: Path, _version: tuple[int, ...], dtype: str, shape: tuple[int, ...], offset: int
-) -> "np.ndarray[Any, Any]":
-    """A tensor's part of its file in memory; kept until `unmap`, for a new mapping has to find every page again."""
-    return np.asarray(np.memmap(path, dtype=np.dtype(NUMPY_TYPES[dtype]), mode="r", offset=offset, shape=shape))
+def _mapped(path: Path, _version: tuple[int, ...], dtype: str, shape: tuple[int, ...], offset: int) -> Tensor:
+    """A tensor's part of its file in memory; kept until `unmap`, for a new mapping has to find every page again.
+
+    The mapping is private to this process and would copy what were written to; nothing is.
+    """
+    size = prod(shape) * np.dtype(NUMPY_TYPES[dtype]).itemsize
+    bits = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(size,))
+    return torch.from_numpy(bits).view(FLOATS[dtype]).view(shape)
 
 
 def unmap() -> None:
@@ -148,7 +161,7 @@ class HeldTensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         chosen = index.to(self.tensor.device)
         return self.tensor[chosen].float() if column is None else self.tensor[chosen, column].float()
 

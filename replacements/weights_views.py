@@ -5,12 +5,11 @@ Letters of shapes: F features, D width of what is read or written.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from circuits.replacements.errors import ReplacementError
-from circuits.replacements.weights import NUMPY_TYPES, HeldTensor, LazyTensor, Rows
+from circuits.replacements.weights import HeldTensor, LazyTensor, Rows
 
 Stored = LazyTensor | HeldTensor
 
@@ -30,9 +29,9 @@ class Scaled:
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
-        found = self.inner.rows(index, column=column)
-        return found * self.factor.to(found.device)[index.to(found.device)].unsqueeze(1)
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
+        found = self.inner.rows(index, column=column, out=out)
+        return found.mul_(self.factor.to(found.device)[index.to(found.device)].unsqueeze(1))
 
     def all(self) -> Tensor:
         found = self.inner.all()
@@ -53,7 +52,7 @@ class Transposed:
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape[::-1]
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         assert column is None
         if isinstance(self.inner, HeldTensor):
             return self.inner.tensor[:, index.to(self.inner.tensor.device)].float().T.contiguous()
@@ -72,10 +71,8 @@ def _columns(lazy: LazyTensor, index: Tensor) -> Tensor:
         raise ReplacementError(
             f"{lazy.path}: column {last - 1} of tensor {lazy.name!r} was asked for, which has {lazy.shape[1]} columns"
         )
-    mapped = np.memmap(
-        lazy.path, dtype=np.dtype(NUMPY_TYPES[lazy.dtype]), mode="r", offset=lazy.offset, shape=lazy.shape
-    )
+    stored = lazy.stored()
     near = last - first == len(index)
-    chosen = mapped[:, first:last] if near else mapped[:, index.cpu().numpy()]
-    found = lazy._to_float32(np.array(chosen)).T.contiguous()  # widens and checks like its own rows
+    chosen = stored[:, first:last] if near else stored.index_select(1, index.cpu())
+    found = lazy.checked(chosen.T.float().contiguous())
     return found[index.cpu() - first] if near else found
