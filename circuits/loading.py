@@ -9,6 +9,7 @@ from circuits.graph import Graph
 from circuits.hub import model_folder, name_of, replacement_folder
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel, load_base_model
+from circuits.offload import keep_freed_memory
 from circuits.processing import undo
 from circuits.replacements.dictionary import Replacement
 from circuits.replacements.formats import qk_format
@@ -76,6 +77,7 @@ def load(
     CircuitsError, ReplacementError
         With what is wrong, in which file, and what to do.
     """
+    keep_freed_memory()
     folder = _embedded("model") if model is None else model_folder(model)
     base = load_base_model(folder, device=device, dtype=dtype)
     if model is None:
