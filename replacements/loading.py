@@ -24,6 +24,7 @@ ADAPTERS = (
     "openmoss",
     "saelens",
     "clt_forge",
+    "clt_training",
     "sparsify",
     "gemma_scope",
     "gemma_scope_2",

@@ -10,20 +10,22 @@ from circuits.replacements import Replacement
 
 
 def outcome(replacement: Replacement, xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Activations (T, F) and outputs (T, D) of every layer, from what each layer's dictionary reads (T, D)."""
-    activations, outputs = [], [torch.zeros_like(x) for x in xs]
+    """Activations (T, F) of every dictionary and outputs (T, D) of every layer written, from what each reads."""
+    activations: list[Tensor] = []
+    outputs: dict[int, Tensor] = {}
     for dictionary, x in zip(replacement.dictionaries, xs, strict=True):
         active = dictionary.encode(x)
         dense = torch.zeros(len(x), dictionary.n_features)
         dense[active.positions, active.features] = active.activations
         activations.append(dense)
         for site in dictionary.writes:
-            outputs[site.layer] += dense @ dictionary.decoder_rows(torch.arange(dictionary.n_features), site)
+            y = dense @ dictionary.decoder_rows(torch.arange(dictionary.n_features), site)
             if (bias := dictionary.output_bias(site)) is not None:
-                outputs[site.layer] += bias
-        if dictionary.skip is not None:
-            outputs[dictionary.writes[0].layer] += x @ dictionary.skip.T
-    return activations, outputs
+                y = y + bias
+            if dictionary.skip is not None and site == dictionary.writes[0]:
+                y = y + x @ dictionary.skip.T
+            outputs[site.layer] = outputs.get(site.layer, torch.zeros(())) + y
+    return activations, [outputs[layer] for layer in sorted(outputs)]
 
 
 def tiny_model(folder: Path, family: str, n_layers: int, width: int) -> Path:

@@ -77,9 +77,10 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
 
 
 def test_views(tmp_path: Path) -> None:
-    """Rows of matrices made of stored ones, in any order and repeated, are those of the whole, and it is what it says."""
+    """Rows of matrices made of stored ones, in any order and repeated, are those of the whole that it should be."""
     drawn = {name: torch.randn(shape) for name, shape in {"a": (5, 4), "b": (7, 4), "left": (5, 2)}.items()}
-    drawn |= {"stack": torch.randn(3, 5, 4), "right": torch.randn(2, 4), "rows": torch.rand(5), "columns": torch.rand(4)}
+    drawn |= {"stack": torch.randn(3, 5, 4), "right": torch.randn(2, 4)}
+    drawn |= {"rows": torch.rand(5), "columns": torch.rand(4)}
     save_file(drawn, tmp_path / "views.safetensors")
     lazy = open_safetensors(tmp_path / "views.safetensors")
     a, right = drawn["a"], drawn["right"]
