@@ -24,6 +24,7 @@ ADAPTERS = (
     "openmoss",
     "saelens",
     "clt_forge",
+    "crosslayer_coding",
     "clt_training",
     "sparsify",
     "gemma_scope",
