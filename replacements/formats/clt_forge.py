@@ -82,6 +82,11 @@ class _Checkpoint:
         """(N, D)."""
         return self.shards[0].whole("b_dec", (self.pair(self.n_layers - 1, self.n_layers - 1) + 1, self.width))
 
+    def bias(self, target: int) -> Tensor:
+        """What all sources add to a target whatever the prompt, (D,)."""
+        sources = range(target + 1) if self.crosses else (target,)
+        return self.b_dec[[self.pair(source, target) for source in sources]].sum(0)
+
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
         """What inputs and outputs were multiplied by, (L,) each."""
@@ -184,11 +189,12 @@ def _joined(pieces: list[Rows]) -> Rows:
 
 def _layer(checkpoint: _Checkpoint, layer: int, norm: Norm) -> Dictionary:
     n_features, (inner, outer) = sum(checkpoint.features), checkpoint.factors
-    decoders, biases = {}, {}
-    for target in checkpoint.targets(layer):
-        site, factor = Site("mlp_out", target), 1.0 / outer[target]
-        decoders[site] = Decoder(Scaled(checkpoint.decoder(layer, target), factor.expand(n_features)))
-        biases[site] = checkpoint.b_dec[checkpoint.pair(layer, target)] * factor
+    decoders = {
+        Site("mlp_out", target): Decoder(
+            Scaled(checkpoint.decoder(layer, target), (1.0 / outer[target]).expand(n_features))
+        )
+        for target in checkpoint.targets(layer)
+    }
     kind = "clt" if checkpoint.crosses else "transcoder"
     return Dictionary(
         name=f"{kind}.{layer}",
@@ -200,6 +206,6 @@ def _layer(checkpoint: _Checkpoint, layer: int, norm: Norm) -> Dictionary:
         W_enc=Scaled(checkpoint.encoder(layer), inner[layer].expand(n_features)),
         b_enc=checkpoint.b_enc[layer],
         decoders=decoders,
-        output_biases=biases,
+        output_biases={Site("mlp_out", layer): checkpoint.bias(layer) / outer[layer]},
         source=str(checkpoint.shards[0].path),
     )

@@ -30,6 +30,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from circuits.kernels.encode import Activation
@@ -192,13 +193,10 @@ def _dictionary(coders: list[_Coder], position: int) -> Dictionary:
     gain = 1.0 / coder.norm("in_norm")
     b_enc = tensors.whole("encoder.bias", (n_features,))
     decoders: dict[Site, Decoder] = {}
-    biases: dict[Site, Tensor] = {}
     for target in range(position, position + max(1, coder.n_targets)):
-        site, factor = coders[target].site, _factor(coders, position, target)
-        scale = b_enc.new_full((n_features,), factor) * _after_encoder(coder, target - position)
-        decoders[site] = Decoder(Scaled(_rows(coders, position, target), scale))
-        if (bias := _bias(coders, position, target)) is not None:
-            biases[site] = bias * factor
+        scale = b_enc.new_full((n_features,), _factor(coders, position, target))
+        scale = scale * _after_encoder(coder, target - position)
+        decoders[coders[target].site] = Decoder(Scaled(_rows(coders, position, target), scale))
     W_enc = tensors.lazy("encoder.weight", (n_features, width))
     if not coder.config.get("transcode"):
         b_enc = b_enc - W_enc.all().to(b_enc) @ tensors.whole("b_dec", (width,))
@@ -213,7 +211,7 @@ def _dictionary(coders: list[_Coder], position: int) -> Dictionary:
         W_enc=Scaled(W_enc, b_enc.new_full((n_features,), gain)),
         b_enc=b_enc,
         decoders=decoders,
-        output_biases=biases,
+        output_biases={coder.site: _bias(coders, position)},
         skip=None if skip is None else skip * (gain * coder.norm("out_norm")),
         before_post_norm=coder.site.name != "resid_post",
         source=str(tensors.path),
@@ -247,12 +245,16 @@ def _rows(coders: list[_Coder], source: int, target: int) -> Rows:
     return coder.tensors.lazy(name, (n_features, width))
 
 
-def _bias(coders: list[_Coder], source: int, target: int) -> Tensor | None:
-    """What a source adds to a target whatever the prompt, (D,)."""
-    coder, width = coders[source], coders[source].shape[1]
-    if coders[target].coalesced == "none":
-        return coder.tensors.whole(coder.named("b_dec", target - source), (width,))
-    return coder.tensors.whole("b_dec", (width,)) if source == target else None
+def _bias(coders: list[_Coder], target: int) -> Tensor:
+    """What all sources add to a target whatever the prompt, (D,)."""
+    coder, shape = coders[target], coders[target].shape[1:]
+    if coder.coalesced != "none":
+        return coder.tensors.whole("b_dec", shape) * coder.norm("out_norm")
+    total = torch.zeros(())
+    for source in _sources(coders, target):
+        bias = coders[source].tensors.whole(coders[source].named("b_dec", target - source), shape)
+        total = total.to(bias) + bias * _factor(coders, source, target)
+    return total
 
 
 def _skip(coder: _Coder) -> Tensor | None:

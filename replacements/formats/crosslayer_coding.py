@@ -272,20 +272,20 @@ def _layer(
     checkpoint: _Checkpoint, layer: int, scales: list[dict[str, _Scale]], norm: Norm, before_post_norm: bool
 ) -> Dictionary:
     tensors, n_features, width = checkpoint.tensors, checkpoint.n_features, checkpoint.width
-    inner, own = scales[layer]["inputs"], Site("mlp_out", layer)
+    inner, outer = scales[layer]["inputs"], scales[layer]["targets"]
     W_enc = ColumnScaled(_encoder(checkpoint, layer), 1.0 / inner.std)
     b_enc = tensors.whole(checkpoint.name("encoder_module", f"encoders.{layer}.bias_param"), (n_features,))
     b_enc = b_enc - W_enc.all().to(b_enc) @ inner.mean if inner.mean.any() else b_enc
-    skip, decoders, biases = _skip(checkpoint, layer), {}, {}
-    for target in range(layer, checkpoint.n_layers):
-        site, outer = Site("mlp_out", target), scales[target]["targets"]
-        decoders[site] = Decoder(_rows(checkpoint, layer, target, outer))
-        if checkpoint.tying != "per_target" or target == layer:
-            biases[site] = tensors.whole(checkpoint.decoder(layer, target, "bias_param"), (width,)) * outer.std
-    biases[own] = biases[own] + scales[layer]["targets"].mean
+    decoders = {
+        Site("mlp_out", target): Decoder(_rows(checkpoint, layer, target, scales[target]["targets"]))
+        for target in range(layer, checkpoint.n_layers)
+    }
+    sources = range(layer if checkpoint.tying == "per_target" else 0, layer + 1)
+    each = [tensors.whole(checkpoint.decoder(source, layer, "bias_param"), (width,)) for source in sources]
+    bias, skip = torch.stack(each).sum(0) * outer.std + outer.mean, _skip(checkpoint, layer)
     if skip is not None:
-        skip = skip * scales[layer]["targets"].std.unsqueeze(1) / inner.std
-        biases[own] = biases[own] - skip @ inner.mean
+        skip = skip * outer.std.unsqueeze(1) / inner.std
+        bias = bias - skip @ inner.mean
     return Dictionary(
         name=f"clt.{layer}",
         kind="clt",
@@ -296,7 +296,7 @@ def _layer(
         W_enc=W_enc,
         b_enc=b_enc,
         decoders=decoders,
-        output_biases=biases,
+        output_biases={Site("mlp_out", layer): bias},
         skip=skip,
         before_post_norm=before_post_norm,
         source=str(tensors.path),
