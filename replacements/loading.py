@@ -18,7 +18,18 @@ from circuits.replacements.dictionary import Replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.memory import free_memory
 
-ADAPTERS = ("native", "circuit_tracer", "openmoss", "saelens", "sparsify", "gemma_scope", "gemma_scope_2")
+ADAPTERS = (
+    "native",
+    "circuit_tracer",
+    "openmoss",
+    "saelens",
+    "clt_forge",
+    "crosslayer_coding",
+    "clt_training",
+    "sparsify",
+    "gemma_scope",
+    "gemma_scope_2",
+)
 
 
 def adapter_of(path: Path) -> Any:
