@@ -4,7 +4,7 @@ python benchmarks/run_case.py --case DIR --tokens 16 --max-targets 512 [--out OU
 
 Times in seconds: `attribute_s` from the token ids to the rows and influences (recording, encoding, ranking and rows;
 what circuit-tracer's `attribute` does), `graph_s` the same to the pruned graph, without hop splits. Memory is the peak
-of the resident set, in GiB, as circuit-tracer's runner reports it.
+of the resident set, in GiB, as circuit-tracer's runner reports it: of the attribution, and of all to the graph (`end`).
 """
 
 import argparse
@@ -106,6 +106,7 @@ def main() -> None:
         begin = time.perf_counter()
         graph = circuits.trace(model, ids, settings=settings)
         report |= {"graph_s": time.perf_counter() - begin, "nodes": len(graph.nodes), "edges": len(graph.edges)}
+        report["peak_rss_end_gib"] = peak()
     if args.out is not None:
         wanted = None
         if args.features is not None:
