@@ -10,12 +10,15 @@ from circuits.replacements.weights import LazyTensor, open_safetensors
 
 
 class Tensors:
-    """The tensors of one file. Every method raises `ReplacementError` for a missing or misshapen one."""
+    """The tensors of one file. Every method raises `ReplacementError` for a missing or misshapen one.
+
+    On the device "meta" no more than the header is read: see `LazyTensor`.
+    """
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
         self._device = device
-        self._tensors = open_safetensors(path)
+        self._tensors = open_safetensors(path, is_meta=device == "meta")
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
