@@ -91,7 +91,7 @@ def load(
 
 @dataclass(frozen=True)
 class Found:
-    """Where a model, its replacements and QK diagonalizations lie; `name` is the model's where its folder has another."""
+    """Where a model, its replacements and QK diagonalizations lie. `name` is the model's, if its folder has another."""
 
     model: str | Path
     name: str | None

@@ -1,0 +1,273 @@
+"""What a trace costs, from sizes alone: the formulas of nodes, memory and time.
+
+Shapes: n positions, L layers, D model width, H heads, K key-value heads, E head width, V vocabulary, F features of a
+dictionary, r their rank, l0 active features of a dictionary at a position, W its write sites. Bytes are of float32
+unless said otherwise; a multiplication with its addition is two operations.
+
+What is not a formula but a figure (the names in capitals) was measured with `benchmarks/estimates.py`, which prints how
+far the formulas are off.
+"""
+
+from dataclasses import dataclass
+from math import exp
+
+from circuits.hop_work import HOP_WORK
+
+FLOAT = 4  # bytes
+KEPT = 0.12  # of the features are in the pruned graph at the default threshold: at most (0.01 to 0.07 of trained ones)
+KEPT_OF_TARGETS = 0.8  # the same of those that --max-targets allows (0.5 to 0.8)
+DEFAULT_THRESHOLD = 0.8  # of nodes, at which these were measured
+EDGES = 0.13  # of the pairs of nodes of a pruned graph are edges (0.06 to 0.17)
+BLOCK = 2**24  # numbers in a block of rows at most
+BLOCK_COPIES = 4  # of a block of rows at once: weights, their sizes, shares
+PAIR_BYTES = 40  # for a pair of kept nodes, before edges are pruned
+PAIR_SECONDS = 1.5e-6  # to sort it out
+HOP_BYTES = 3300  # an edge while its hops are sorted out
+HOP_SHARE = 1 / 30  # of the speed of a matrix product at which hops are computed: they are short
+WINDOW = 2**16  # bytes that the system maps around a row of a file
+READ_SPEED = 8e8  # bytes a second at which files that the system has at hand are read and checked
+WRITE_SPEED = 3e8  # bytes a second at which decoder rows become writers
+SETTLED = 0.2  # seconds of the steps that cost the same whatever the prompt
+
+
+@dataclass(frozen=True)
+class DictionarySize:
+    """A dictionary. `basis` says where its l0 is from; `moves` whether the base layer's heads move its features, at
+    most `moving` of a context; `patterns` is how many it has of its own. `encoder_held` and `decoder_held` are of
+    formats that keep them in memory whatever the room."""
+
+    name: str
+    kind: str
+    n_features: int
+    rank: int
+    d_read: int
+    d_write: int
+    n_writes: int
+    l0: float
+    basis: str
+    moves: bool = False
+    moving: int | None = None
+    patterns: int = 0
+    encoder_held: bool = False
+    decoder_held: bool = False
+
+    def seen(self, n: int) -> float:
+        """Features that are active somewhere: F (1 - exp(-n l0 / F)), as if positions were independent."""
+        found = self.n_features * (1.0 - exp(-n * self.l0 / max(1, self.n_features)))
+        return found if self.moving is None else min(found, self.moving)
+
+    def nodes(self, n: int) -> float:
+        """n l0; where heads move features also one at each position from there on, (n + 1) / 2 of each that is seen."""
+        return n * self.l0 + (self.seen(n) * (n + 1) / 2 if self.moves else 0.0)
+
+    @property
+    def encoder_bytes(self) -> int:
+        """4 F r D."""
+        return FLOAT * self.n_features * self.rank * self.d_read
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a feature's decoder rows, 4 r W D."""
+        return FLOAT * self.rank * self.n_writes * self.d_write
+
+    def decoder_bytes(self, n: int) -> float:
+        """Of the decoder that count as memory: all of one that is held, else the rows that are read of its file, each
+        with what the system maps around it."""
+        whole = float(self.n_features * self.row_bytes)
+        return whole if self.decoder_held else min(whole, self.seen(n) * (self.row_bytes + WINDOW))
+
+
+@dataclass(frozen=True)
+class Work:
+    """All sizes of one trace.
+
+    n, positions
+        Tokens, and those of them that have features and errors.
+    parameters, weight_size
+        Of the base model, and bytes of each.
+    live, replaced
+        Layers whose attention is frozen, and those where it is replaced. `errors` has one a position for each output.
+    dictionaries
+        By replacement.
+    file_bytes, resident
+        Files that are read and hashed; bytes that the program itself has.
+    free
+        Bytes that can be had before anything is loaded.
+    """
+
+    n: int
+    positions: int
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    vocabulary: int
+    parameters: int
+    weight_size: int
+    live: int
+    errors: int
+    outputs: int
+    dictionaries: tuple[tuple[DictionarySize, ...], ...]
+    file_bytes: int
+    resident: int
+    free: int
+    max_targets: int | None = None
+    max_feature_nodes: int | None = None
+    node_threshold: float = DEFAULT_THRESHOLD
+    hops: bool = True
+    unpruned: bool = False
+
+    @property
+    def every(self) -> tuple[DictionarySize, ...]:
+        return tuple(size for sizes in self.dictionaries for size in sizes)
+
+    @property
+    def attention_width(self) -> int:
+        return self.n_heads * self.d_head
+
+    @property
+    def features(self) -> float:
+        """Active features of the prompt."""
+        return sum(size.nodes(self.positions) for size in self.every)
+
+    @property
+    def nodes(self) -> float:
+        """Features, tokens, errors."""
+        return self.features + self.n + self.positions * self.errors
+
+    @property
+    def targets(self) -> float:
+        """Rows at most: of features, or of as many as `max_targets` says, and of outputs."""
+        return min(self.features, self.max_targets or self.features) + self.outputs
+
+    @property
+    def kept(self) -> float:
+        """Nodes of the graph at most. More are kept in proportion as less influence is left out."""
+        if self.unpruned:
+            return self.nodes + self.outputs
+        share = KEPT_OF_TARGETS * self.targets / self.features if self.bounded else KEPT
+        share *= (1.0 - DEFAULT_THRESHOLD) / max(1e-9, 1.0 - self.node_threshold)
+        features = min(self.targets - self.outputs, share * self.features, self.max_feature_nodes or self.features)
+        return features + self.n + self.outputs
+
+    @property
+    def bounded(self) -> bool:
+        """Whether fewer rows are computed than there are features."""
+        return self.max_targets is not None and self.max_targets < self.features
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of nodes of the graph, one above the other; at one position where nothing else crosses positions than
+        features that heads move."""
+        local = not self.live and any(size.moves for size in self.every)
+        return self.kept**2 / 2 / (self.n if local else 1)
+
+    @property
+    def split(self) -> float:
+        """Edges that get hop splits at most: those through frozen attention, as many as `HOP_WORK` allows."""
+        if not self.hops or self.unpruned or not self.live:
+            return 0.0
+        return min(EDGES * self.kept**2, HOP_WORK / self.hop_work)
+
+    @property
+    def hop_work(self) -> float:
+        """Multiplications for the hops of one edge, 2 H E n L (`circuits/hop_work.py`)."""
+        return 2.0 * self.attention_width * self.n * self.n_layers
+
+
+def held_encoders(work: Work) -> int:
+    """Bytes of encoders in memory: one after another, as long as they fit into half of what is free when their
+    replacement is loaded; and all that have no other form."""
+    total, taken = 0, work.parameters * work.weight_size
+    for sizes in work.dictionaries:
+        budget = max(0, work.free - taken - total) // 2
+        for size in sizes:
+            if size.encoder_held or size.encoder_bytes <= budget:
+                total += size.encoder_bytes
+                budget -= size.encoder_bytes
+    return total
+
+
+def memory(work: Work) -> dict[str, float]:
+    """Bytes by part. Decoders, logits, and what comes after them are not there at one time: see `peak`.
+
+    - attention weights: those of values, behind their norm, of live layers; where weights are not stored in float32,
+      also what stands in float32 beside them, (H + K) D E of each layer
+    - recording: 6 n D streams, n^2 H patterns, n E (2 H + K) of each layer, and patterns of dictionaries of their own
+    - writers: n l0 W D, and n D of tokens and of each error
+    - decoders: see `DictionarySize.decoder_bytes`
+    - logits: the unembedding in float32, where it is not stored so
+    - rows: where no layer is live, writers summed twice; `BLOCK_COPIES` blocks; targets x nodes / 2 with max_targets
+    - graph: `PAIR_BYTES` for each pair of kept nodes
+    - hop splits: `HOP_BYTES` an edge
+    """
+    n, d, everything = work.n, work.d_model, work.every
+    half = work.weight_size < FLOAT
+    heads = work.n_kv_heads * work.live + (work.n_heads + work.n_kv_heads) * work.n_layers * half
+    layer = 6 * d + n * work.n_heads + (2 * work.n_heads + work.n_kv_heads) * work.d_head
+    own = sum(size.patterns for size in everything) * n**2
+    written = sum(size.nodes(work.positions) * size.n_writes for size in everything)
+    block = min(float(BLOCK), work.targets * work.nodes / (1 if work.live else n**2))
+    rows = BLOCK_COPIES * block + (0.0 if work.live else 2.0 * work.nodes * d)
+    if work.bounded and not work.unpruned:
+        rows += work.targets * work.nodes / 2
+    parts = {
+        "program": float(work.resident),
+        "base model": float(work.parameters * work.weight_size),
+        "attention weights": FLOAT * heads * work.d_head * d,
+        "encoders": float(held_encoders(work)),
+        "recording": FLOAT * (work.n_layers * n * layer + own),
+        "writers": FLOAT * d * (written + n + work.positions * work.errors),
+        "decoders": _decoders(work),
+        "logits": FLOAT * work.vocabulary * d * half,
+        "rows": FLOAT * rows,
+        "graph": PAIR_BYTES * work.pairs,
+        "hop splits": HOP_BYTES * work.split,
+    }
+    return {name: float(size) for name, size in parts.items() if size}
+
+
+def _decoders(work: Work) -> float:
+    """A file is let go when its last rows were read: of a dictionary with one write site before the next is read."""
+    bytes_of = [(size, size.decoder_bytes(work.positions)) for size in work.every]
+    stay = sum(taken for size, taken in bytes_of if size.n_writes > 1 or size.decoder_held)
+    return stay + max((taken for size, taken in bytes_of if size.n_writes == 1 and not size.decoder_held), default=0.0)
+
+
+def peak(parts: dict[str, float]) -> float:
+    """The largest sum at one time: decoders are let go before logits are taken, and these before rows are made."""
+    late = sum(parts.get(name, 0.0) for name in ("rows", "graph", "hop splits"))
+    passing = (parts.get("decoders", 0.0), parts.get("logits", 0.0), late)
+    return sum(parts.values()) - sum(passing) + max(passing)
+
+
+def operations(work: Work) -> dict[str, float]:
+    """Floating point operations by step.
+
+    - record and encode: 2 n parameters, and 2 n F r D of each dictionary
+    - rows: a target passes half of the live layers with a covector at half of the positions, 4 (n / 2) D H E each, at
+      all of them where only the strongest get a row, for these stand last; and it meets a quarter of all writers, 2 D
+      each. Where no layer is live it reads through one at most, and meets half of the writers at its own position. Rows
+      of kept targets are made twice, unless they are held.
+    - hop splits: the work of `circuits/hop_work.py`, at a part of the speed
+    """
+    n, d = work.n, work.d_model
+    encode = sum(2.0 * n * size.n_features * size.rank * size.d_read for size in work.every)
+    reach = n if work.bounded else (n + 1) / 2
+    layer = 4.0 * reach * d * work.attention_width
+    meet = 2.0 * d * (work.nodes / 4 if work.live else work.nodes / n / 2)
+    again = 0.0 if work.bounded or work.unpruned else min(work.kept, work.targets)
+    return {
+        "record and encode": 2.0 * n * work.parameters + encode,
+        "rows": (work.targets + again) * (max(work.live, 1) / 2 * layer + meet),
+        "hop splits": 2.0 * work.split * work.hop_work / HOP_SHARE,
+    }
+
+
+def seconds(work: Work, speed: float, hash_speed: float) -> dict[str, float]:
+    """Seconds by step. `speed` is that of a matrix product, in operations a second; files are read once, and hashed."""
+    steps = {name: count / speed for name, count in operations(work).items() if count}
+    steps["record and encode"] += memory(work)["writers"] / WRITE_SPEED
+    files = {"read and hash files": work.file_bytes / READ_SPEED + work.file_bytes / hash_speed}
+    return files | steps | {"the rest": SETTLED + PAIR_SECONDS * work.pairs}
