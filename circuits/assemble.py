@@ -1,7 +1,7 @@
 """From what a sweep found to a `Graph`: node columns, edges, head loadings, hop splits, patterns and metadata."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ from circuits.loading import Model
 from circuits.loadings import Loadings, head_loadings
 from circuits.nodes import NodeTable
 from circuits.prompt import Prompt, token_texts
+from circuits.rounding import Rounding
 from circuits.settings import TraceSettings
 from circuits.sweep import Sweep, Swept, TargetList
 
@@ -32,6 +33,7 @@ class Traced:
     prompt: Prompt
     targets: TargetList
     swept: Swept
+    rounding: Rounding | None = None
 
 
 def build_graph(
@@ -196,7 +198,7 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
     import torch
     import transformers
 
-    linear, swept = traced.linear, traced.swept
+    linear, swept, rounding = traced.linear, traced.swept, traced.rounding
     pruning = {"node_threshold": settings.node_threshold, "edge_threshold": settings.edge_threshold}
     if settings.max_feature_nodes is not None:
         pruning["max_feature_nodes"] = settings.max_feature_nodes
@@ -216,10 +218,14 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
         "mlp": ["replaced" if layer in linear.replaced_mlp | linear.replaced_blocks else "error" for layer in layers],
         "settings": {"left_out": 0.0, "unpruned": True} if settings.unpruned else {**search, **pruning},
         "scores": {"replacement": swept.replacement_score, "completeness": swept.completeness_score},
-        "ledger": {"max_relative_gap": swept.max_relative_gap, "targets": int(swept.expanded.sum())},
+        "ledger": {
+            "max_relative_gap": swept.max_relative_gap,
+            "targets": int(swept.expanded.sum()) if rounding is None else rounding.rows,
+        },
         "active_features": int(((traced.table.dictionary >= 0) & (traced.table.kind != "mtc_query")).sum()),
         "left_out_influence": swept.left_out,
         "influence_total": float(swept.influence.sum()),
+        **({} if rounding is None else {"products": asdict(rounding)}),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits.kernels.attend import pull_readers, pull_values, push_local, push_stream, push_values
+from circuits.kernels.backend import Products, matmul
 from circuits.model import AttentionWeights
 from circuits.recording import NormRecord
 from circuits.replacements.sites import ReadSite
@@ -29,13 +30,15 @@ def standing(x: Tensor, positions: Tensor | slice | None) -> Tensor | slice:
 class FrozenAttention:
     """One layer's attention with its pattern and norms frozen: linear in the stream below it.
 
-    `post` is the norm that some families have between the attention and the stream.
+    `post` is the norm that some families have between the attention and the stream. `products` is how covectors that
+    stand at every position are multiplied with weights: see `circuits.kernels.backend`.
     """
 
     def __init__(
         self, weights: AttentionWeights, pattern: Tensor, norm: NormRecord, post: NormRecord | None = None
     ) -> None:
         self.weights, self.pattern, self.norm, self.post = weights, pattern, norm, post
+        self.products: Products = "float32"
         self.n_heads = pattern.shape[0]
 
     def below_post(self, readers: Tensor, positions: Tensor | slice) -> Tensor:
@@ -89,13 +92,15 @@ class FrozenAttention:
         """
         w_o, w_v = self.weights.folded
         scale = None if self.post is None else self.post.scale
-        c = pull_values(self.pattern, g, w_o, len(w_v), scale).mul_(self.norm.scale[: g.shape[1], None])
+        c = pull_values(self.pattern, g, w_o, len(w_v), scale, self.products).mul_(self.norm.scale[: g.shape[1], None])
+        if self.products != "float32":
+            return g + matmul(c.flatten(0, 1), w_v.flatten(0, 1), self.products, round_sum=True).view_as(g)
         return torch.addmm(g.flatten(0, 1), c.flatten(0, 1), w_v.flatten(0, 1)).view_as(g)
 
     def pull_values(self, g: Tensor) -> Tensor:
         """Covectors (B, S, D) of the attention output as covectors (B, S, K x E) of the values."""
         scale = None if self.post is None else self.post.scale
-        return pull_values(self.pattern, g, self.weights.folded[0], len(self.weights.w_v), scale)
+        return pull_values(self.pattern, g, self.weights.folded[0], len(self.weights.w_v), scale, self.products)
 
     def pull_value_readers(self, readers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Readers (B, K x E) of the values at `positions` as covectors (B, D) of `resid_pre`, and what they make of the

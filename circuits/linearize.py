@@ -19,6 +19,7 @@ from torch import Tensor
 
 from circuits.errors import CircuitsError
 from circuits.frozen import FrozenAttention, Skip, standing, whole
+from circuits.kernels.backend import Products
 from circuits.model import BaseModel
 from circuits.recording import Recording
 from circuits.replacements.dictionary import Dictionary, Replacement
@@ -49,6 +50,7 @@ class LinearizedModel:
     replaced_blocks : layers that are replaced whole; they have no sublayers
     skips : depth of a live skip connection -> `Skip`
     parallel : whether attention and MLP of a block read the same stream
+    products : how covectors are multiplied with weights and writers, "float32" or "bfloat16"; may be set
     """
 
     def __init__(self, model: BaseModel, replacements: Sequence[Replacement], recording: Recording) -> None:
@@ -91,6 +93,15 @@ class LinearizedModel:
         self._own_patterns: dict[int, Tensor] = {}
         self._probabilities: dict[int, Tensor] = {}
         self._head_scales: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+
+    @property
+    def products(self) -> Products:
+        return self.attention[0].products
+
+    @products.setter
+    def products(self, products: Products) -> None:
+        for attention in self.attention:
+            attention.products = products
 
     def _reads_inside_block(self, dictionary: Dictionary) -> bool:
         inside = dictionary.read.site.name in ("attn_out", "z", "v", "resid_mid")

@@ -10,6 +10,7 @@ from circuits.graph import Graph
 from circuits.hub import model_folder, name_of, replacement_folder
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel
+from circuits.offload import keep_freed_memory
 from circuits.processing import undo
 from circuits.replacements.dictionary import Replacement
 from circuits.replacements.formats import qk_format
@@ -77,6 +78,7 @@ def load(
     CircuitsError, ReplacementError
         With what is wrong, in which file, and what to do.
     """
+    keep_freed_memory()
     found = find(model, replacement)
     base = load_base_model(found.model, device=device, dtype=dtype)
     base.name = found.name or base.name

@@ -24,7 +24,7 @@ from circuits.nodes import NodeTable
 from circuits.replacements.movement import HeadLoading
 from circuits.stretches import Stretch, Stretches
 
-SPREAD_BUDGET = 2**22  # numbers in the covectors of a block: they should stay in the cache between two products
+SPREAD_BUDGET = 2**21  # numbers in the covectors of a block: they should stay in the cache between two products
 ROW_BUDGET = 2**24
 FEWEST = 8  # targets that a block has whatever their length: all writers are read for each block
 PADDING = 1.25  # a block's covectors are as long as its last target needs, by so much more than on average
@@ -229,13 +229,13 @@ class Rows:
         """Add the products of a stage's covectors with the writers of a stretch to the weights; what they make of its
         constant, (B,)."""
         if stage.positions is None:
-            n_keys = stage.g.shape[1]
+            n_keys, products = stage.g.shape[1], self.linear.products
             if stretch.columns is not None:
-                contract_spread(weights, stage.g, stretch.vectors, stretch.starts, stretch.columns)
+                contract_spread(weights, stage.g, stretch.vectors, stretch.starts, stretch.columns, products)
             else:
                 nodes = stretch.nodes[: stretch.starts[n_keys]]
                 dense = weights.new_zeros(len(weights), len(nodes))
-                contract_spread(dense, stage.g, stretch.vectors, stretch.starts, stretch.starts)
+                contract_spread(dense, stage.g, stretch.vectors, stretch.starts, stretch.starts, products)
                 weights.index_add_(1, nodes, dense)
             return stage.g.flatten(1) @ stretch.constant[:n_keys].flatten()
         places, counts = torch.unique_consecutive(stage.positions, return_counts=True)

@@ -162,7 +162,8 @@ class Sweep:
         positions, covectors, constants = stack(readers, self.device)
         values = torch.tensor(readers.values, device=self.device)
         whole = Targets(readers.depth, torch.from_numpy(nodes).to(self.device), positions, values, constants, covectors)
-        return lambda index: whole.take(torch.from_numpy(index).to(self.device))
+        device = self.device  # the function must not hold the sweep
+        return lambda index: whole.take(torch.from_numpy(index).to(device))
 
     def _feature_groups(self) -> list[tuple[np.ndarray, Callable[[np.ndarray], Targets]]]:
         """Feature nodes by dictionary and kind, from the top down: in a layer readers at `resid_mid`, then query-side
@@ -180,13 +181,15 @@ class Sweep:
             is_key_side = kind in ("mtc_key", "value_feature")
             groups.append((-self.linear.read_depth(read.name, read.layer), is_key_side, index, nodes))
         groups.sort(key=lambda group: group[:3])
-        return [(nodes, self._feature_builder(index, nodes)) for _, _, index, nodes in groups]
+        return [(nodes, _feature_builder(self.linear, table, index, nodes)) for _, _, index, nodes in groups]
 
-    def _feature_builder(self, index: int, nodes: np.ndarray) -> Callable[[np.ndarray], Targets]:
-        def build(chosen: np.ndarray) -> Targets:
-            return feature_targets(self.linear, self.table, index, nodes[chosen])
 
-        return build
+def _feature_builder(
+    linear: LinearizedModel, table: NodeTable, index: int, nodes: np.ndarray
+) -> Callable[[np.ndarray], Targets]:
+    """What makes targets of some of a dictionary's nodes. It does not hold the sweep, for the sweep holds it: neither
+    would be freed before Python looks for such circles."""
+    return lambda chosen: feature_targets(linear, table, index, nodes[chosen])
 
 
 def _worth_expanding(mass: np.ndarray, allowance: float) -> np.ndarray:

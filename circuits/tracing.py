@@ -13,11 +13,13 @@ from circuits.best_first import BestFirst
 from circuits.errors import CircuitsError
 from circuits.graph import Graph, keep_nodes, prune_edges
 from circuits.head_steps import with_scores
+from circuits.kernels.backend import products_of
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
 from circuits.nodes import NodeTable, build_nodes
 from circuits.prompt import Prompt, prepare
 from circuits.recording import record
+from circuits.rounding import in_float32
 from circuits.rows import RowBlock
 from circuits.settings import TraceSettings
 from circuits.sweep import Progress, Sweep, Swept, TargetList
@@ -64,12 +66,14 @@ def trace(
         raise CircuitsError("no target was given; leave targets out for the top tokens")
     sweep = lay_out(model, prepared, [TopTokens()] if targets is None else targets)
     linear, table, listed = sweep.linear, sweep.table, sweep.targets
+    rounding = None
     if settings.unpruned:
         collected = _Edges()
         swept = sweep.run(0.0, on_rows=collected.add, progress=progress)
         kept = np.ones(len(swept.influence), dtype=bool)
     else:
-        search, wanted = None, settings.max_targets
+        search, wanted, products = None, settings.max_targets, products_of(settings.products)
+        linear.products = products
         if wanted is not None and BestFirst.fits(sweep, min(wanted, len(table))):
             search = BestFirst(sweep)
             swept = search.run(wanted, progress)
@@ -77,9 +81,12 @@ def trace(
             swept = sweep.run(settings.left_out, max_targets=wanted, progress=progress)
         kept = _kept_nodes(table, swept, listed, settings)
         collected = _Edges(kept)
-        for block in (search or sweep).rows_of(kept & swept.expanded):
-            collected.add(block)
-    traced = Traced(linear, table, prepared, listed, swept)
+        if products == "float32":
+            for block in (search or sweep).rows_of(kept & swept.expanded):
+                collected.add(block)
+        else:
+            swept, rounding = in_float32(sweep, swept, kept & swept.expanded, products, collected.add)
+    traced = Traced(linear, table, prepared, listed, swept, rounding)
     graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings))
     if not settings.unpruned:
         graph = prune_edges(graph, settings.edge_threshold)

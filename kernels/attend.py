@@ -8,7 +8,7 @@ positions that they need. Norms are the caller's: everything here starts and end
 import torch
 from torch import Tensor
 
-from circuits.kernels.backend import use_triton
+from circuits.kernels.backend import Products, matmul, use_triton
 
 KEYS = 256  # positions in a block of keys
 
@@ -27,20 +27,26 @@ def pull_readers(pattern_HSS: Tensor, positions_B: Tensor, u_BHE: Tensor, w_v_KE
 
 
 def pull_values(
-    pattern_HSS: Tensor, g_BSD: Tensor, w_o_HED: Tensor, n_kv: int, scale_S: Tensor | None = None
+    pattern_HSS: Tensor,
+    g_BSD: Tensor,
+    w_o_HED: Tensor,
+    n_kv: int,
+    scale_S: Tensor | None = None,
+    products: Products = "float32",
 ) -> Tensor:
     """Pull covectors that stand at every position of an attention output down to the values below it.
 
     Returns (B, S, K * E): `c[b, s, k] = sum_p sum of heads h of k, A_h[p, s] scale[p] g[b, p] O_h`; without `scale_S`
-    the scale is one.
+    the scale is one. With `bfloat16` products the factors of those with weights are rounded to it, on a GPU those with
+    patterns too.
     """
     if use_triton(g_BSD, w_o_HED):
         from circuits.kernels.triton_attend import pull_values as on_triton
 
-        return on_triton(pattern_HSS, g_BSD, w_o_HED, n_kv, scale_S)
+        return on_triton(pattern_HSS, g_BSD, w_o_HED, n_kv, scale_S, products=products)
     n_heads, width, d_model = w_o_HED.shape
     batch, n, _ = g_BSD.shape
-    u = g_BSD.reshape(batch * n, d_model) @ w_o_HED.reshape(-1, d_model).T
+    u = matmul(g_BSD.reshape(batch * n, d_model), w_o_HED.reshape(-1, d_model).T, products, round_sum=True)
     if scale_S is not None:
         u.view(batch, n, -1).mul_(scale_S[:n, None])
     u_HSBE = u.view(batch, n, n_heads, width).permute(2, 1, 0, 3).reshape(n_heads, n, batch * width)

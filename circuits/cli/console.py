@@ -126,6 +126,9 @@ def summary(graph: Graph) -> Text:
     if "left_out_influence" in data:
         text.append("left out ", style=QUIET)
         text.append(f"{data['left_out_influence']:.0e}", style="bold")
+    if rounded := data.get("products"):
+        text.append(f"\nsearched with {rounded['products']} products, which change an edge by {rounded['error']:.0e} ")
+        text.append("of the largest; edges here are float32")
     frozen = [str(layer) for layer, state in enumerate(data.get("attention", [])) if state == "frozen"]
     if frozen:
         text.append(f"\nattention frozen in layers {', '.join(frozen)}: heads are those of an edge's last hop")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from circuits.cli.options import model_options
-from circuits.settings import TraceSettings
+from circuits.settings import PRODUCTS, TraceSettings
 
 if TYPE_CHECKING:
     from circuits.loading import Model
@@ -42,6 +42,8 @@ class _Wanted:
 @click.option("--position", "positions", type=int, multiple=True, help="Position of the targets. Default: the last.")
 @click.option("--max-targets", type=click.IntRange(min=1), help="Compute the rows of so many features, best first.")
 @click.option("--hops/--no-hops", default=True, help="Split edges through frozen attention by first and last hop.")
+@click.option("--products", type=click.Choice(PRODUCTS), default="float32", show_default=True,
+              help="Of the search; edges are float32 all the same.")  # fmt: skip
 @click.option("--max-feature-nodes", type=int, help="Keep at most so many features, the strongest first.")
 @click.option("--node-threshold", type=float, default=0.8, show_default=True, help="Share of influence to keep.")
 @click.option("--edge-threshold", type=float, default=0.98, show_default=True, help="Share of edge scores to keep.")
@@ -73,6 +75,7 @@ def command(**options: Any) -> None:
         hops=options["hops"],
         unpruned=options["unpruned"],
         explain=options["explain"],
+        products=options["products"],
     )
     wanted = _Wanted(**{name: options[name] for name in _Wanted.__dataclass_fields__})
     if sum(source is not None for source in (wanted.prompt, wanted.token_ids, wanted.prompt_file)) != 1:
