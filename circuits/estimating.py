@@ -10,13 +10,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from circuits.base_models import check_device
 from circuits.errors import CircuitsError
-from circuits.estimating_costs import FLOAT, DictionarySize, Work, memory, peak, seconds
+from circuits.estimating_costs import FLOAT, DictionarySize, Speeds, Work, memory, peak, seconds
 from circuits.headers import load_headers
+from circuits.kernels.backend import matmul, products_of
 from circuits.linearize import write_depth
 from circuits.loading import Model
 from circuits.prompt import Prompt, prepare
@@ -31,7 +33,8 @@ WITHIN = "TBD"
 ASSUMED = 100.0  # active features of a dictionary at a position where nothing says how many
 ASSUMED_BASIS = "assumed"
 TRIED = 0.2  # seconds for which the machine's speed is measured
-FEWER = 512  # targets that are advised
+FEWER, SMALLER = 512, 1000  # targets, and features of a graph, that are advised
+NOTABLE = 0.98  # of the peak, that is left by what is worth advising
 USUAL_RESIDENT = 450 * 2**20  # bytes of Python with torch and transformers
 
 
@@ -122,9 +125,11 @@ def estimate_headers(
     if targets is not None and not targets:
         raise CircuitsError("no target was given; leave targets out for the top tokens")
     outputs = sum(AUTOMATIC_COUNT if isinstance(target, TopTokens) else 1 for target in targets or [TopTokens()])
-    work = _work(headers, prepared, settings or TraceSettings(), device, outputs)
-    steps = {"read configurations": started} if started else {}
-    steps |= seconds(work, matrix_speed(device), hash_speed())
+    settings = settings or TraceSettings()
+    work = _work(headers, prepared, settings, device, outputs)
+    speeds = Speeds(matrix_speed(device), matrix_speed(device, settings.products), hash_speed())
+    steps = {"imports, configurations": started} if started else {}
+    steps |= seconds(work, speeds)
     found = Estimate(headers.base.name, device, work, memory(work), steps)
     return found if found.fits else replace(found, advice=_advice(work))
 
@@ -146,13 +151,13 @@ def l0_of(dictionary: Dictionary, replacement: Replacement) -> tuple[float, str]
     return min(ASSUMED, float(dictionary.n_features)), ASSUMED_BASIS
 
 
-def matrix_speed(device: str = "cpu") -> float:
-    """Operations a second of a float32 matrix product on this machine as it is now, the best of `TRIED` seconds."""
-    a = torch.ones(512, 512, device=device)
+def matrix_speed(device: str = "cpu", products: str = "float32") -> float:
+    """Operations a second of a matrix product on this machine as it is now, the best of `TRIED` seconds."""
+    a, how = torch.ones(512, 512, device=device), products_of(products)
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < TRIED:
         start = time.perf_counter()
-        a @ a
+        matmul(a, a, how, round_sum=True)
         if device != "cpu":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
@@ -160,10 +165,13 @@ def matrix_speed(device: str = "cpu") -> float:
 
 
 def hash_speed() -> float:
-    """Bytes a second of SHA-256."""
-    block, start = bytes(1 << 23), time.perf_counter()
-    hashlib.sha256(block).digest()
-    return len(block) / max(1e-9, time.perf_counter() - start)
+    """Bytes a second of SHA-256, the best of three."""
+    block, best = bytes(1 << 22), float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        hashlib.sha256(block).digest()
+        best = min(best, time.perf_counter() - start)
+    return len(block) / best
 
 
 def _work(headers: Model, prompt: Prompt, settings: TraceSettings, device: str, outputs: int) -> Work:
@@ -243,16 +251,21 @@ def _resident() -> int:
 
 
 def _advice(work: Work) -> tuple[tuple[str, float], ...]:
-    """What would make it smaller, the most effective first, and the peak that it would leave."""
+    """What would make it smaller, the most effective first, and the peak that it would leave; all of it at last."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("without hop splits (--no-hops)", {"hops": False}),
+        (f"fewer rows (--max-targets {FEWER})", {"max_targets": min(FEWER, work.max_targets or FEWER)}),
+        (f"a smaller graph (--max-feature-nodes {SMALLER})",
+         {"max_feature_nodes": min(SMALLER, work.max_feature_nodes or SMALLER)}),
+        ("weights in half precision (--dtype bfloat16)", {"weight_size": min(2, work.weight_size)}),
+        ("a prompt half as long", {"n": (work.n + 1) // 2, "positions": (work.positions + 1) // 2}),
+        ("a pruned graph (no --unpruned)", {"unpruned": False}),
+    ]  # fmt: skip
     now = peak(memory(work))
-    options = [
-        ("--no-hops: no hop splits", replace(work, hops=False)),
-        (f"--max-targets {FEWER}: fewer rows", replace(work, max_targets=min(FEWER, work.max_targets or FEWER))),
-        ("a prompt half as long", replace(work, n=(work.n + 1) // 2, positions=(work.positions + 1) // 2)),
-    ]
-    if work.unpruned:
-        options.append(("a pruned graph, without --unpruned", replace(work, unpruned=False)))
-    if work.weight_size == FLOAT:
-        options.append(("--dtype bfloat16: weights in half precision", replace(work, weight_size=2)))
-    found = sorted(((text, peak(memory(smaller))) for text, smaller in options), key=lambda option: option[1])
-    return tuple((text, size) for text, size in found if size < 0.98 * now)
+    sizes = [(peak(memory(replace(work, **change))), text, change) for text, change in changes]
+    useful = sorted((entry for entry in sizes if entry[0] < NOTABLE * now), key=lambda entry: entry[0])
+    found = [(text, size) for size, text, _ in useful]
+    if len(useful) > 1:
+        everything = {name: value for _, _, change in useful for name, value in change.items()}
+        found.append(("all of these", peak(memory(replace(work, **everything)))))
+    return tuple(found)

@@ -265,9 +265,24 @@ def operations(work: Work) -> dict[str, float]:
     }
 
 
-def seconds(work: Work, speed: float, hash_speed: float) -> dict[str, float]:
-    """Seconds by step. `speed` is that of a matrix product, in operations a second; files are read once, and hashed."""
-    steps = {name: count / speed for name, count in operations(work).items() if count}
-    steps["record and encode"] += memory(work)["writers"] / WRITE_SPEED
-    files = {"read and hash files": work.file_bytes / READ_SPEED + work.file_bytes / hash_speed}
-    return files | steps | {"the rest": SETTLED + PAIR_SECONDS * work.pairs}
+@dataclass(frozen=True)
+class Speeds:
+    """Of this machine: operations a second of a float32 product, and of one as the search makes them; bytes a second of
+    hashing."""
+
+    matrix: float
+    search: float
+    hashing: float
+
+
+def seconds(work: Work, speeds: Speeds) -> dict[str, float]:
+    """Seconds by step. Files are read once, and hashed once."""
+    steps = operations(work)
+    found = {
+        "read and hash files": work.file_bytes / READ_SPEED + work.file_bytes / speeds.hashing,
+        "record and encode": steps["record and encode"] / speeds.matrix + memory(work)["writers"] / WRITE_SPEED,
+        "rows": steps["rows"] / speeds.search,
+        "hop splits": steps["hop splits"] / speeds.matrix,
+        "the rest": SETTLED + PAIR_SECONDS * work.pairs,
+    }
+    return {name: length for name, length in found.items() if length}
