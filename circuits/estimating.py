@@ -16,7 +16,7 @@ import torch
 
 from circuits.base_models import check_device
 from circuits.errors import CircuitsError
-from circuits.estimating_costs import FLOAT, DictionarySize, Speeds, Work, memory, peak, seconds
+from circuits.estimating_costs import DictionarySize, Speeds, Work, memory, peak, seconds
 from circuits.headers import load_headers
 from circuits.kernels.backend import matmul, products_of
 from circuits.linearize import write_depth
@@ -211,6 +211,7 @@ def _work(headers: Model, prompt: Prompt, settings: TraceSettings, device: str, 
         max_targets=settings.max_targets,
         max_feature_nodes=settings.max_feature_nodes,
         node_threshold=settings.node_threshold,
+        left_out=settings.left_out,
         hops=settings.hops,
         unpruned=settings.unpruned,
     )

@@ -17,9 +17,10 @@ FLOAT = 4  # bytes
 KEPT = 0.12  # of the features are in the pruned graph at the default threshold: at most (0.01 to 0.07 of trained ones)
 KEPT_OF_TARGETS = 0.8  # the same of those that --max-targets allows (0.5 to 0.8)
 DEFAULT_THRESHOLD = 0.8  # of nodes, at which these were measured
+EXPANDED = 0.8  # of the targets get a row where some influence may be left out (0.7 to 0.8)
 EDGES = 0.13  # of the pairs of nodes of a pruned graph are edges (0.06 to 0.17)
 BLOCK = 2**24  # numbers in a block of rows at most
-BLOCK_COPIES = 4  # of a block of rows at once: weights, their sizes, shares
+BLOCK_COPIES = 3  # of a block of rows at once: weights, their sizes, shares
 PAIR_BYTES = 40  # for a pair of kept nodes, before edges are pruned
 PAIR_SECONDS = 1.5e-6  # to sort it out
 HOP_BYTES = 3300  # an edge while its hops are sorted out
@@ -115,16 +116,13 @@ class Work:
     max_targets: int | None = None
     max_feature_nodes: int | None = None
     node_threshold: float = DEFAULT_THRESHOLD
+    left_out: float = 1e-3
     hops: bool = True
     unpruned: bool = False
 
     @property
     def every(self) -> tuple[DictionarySize, ...]:
         return tuple(size for sizes in self.dictionaries for size in sizes)
-
-    @property
-    def attention_width(self) -> int:
-        return self.n_heads * self.d_head
 
     @property
     def features(self) -> float:
@@ -140,6 +138,11 @@ class Work:
     def targets(self) -> float:
         """Rows at most: of features, or of as many as `max_targets` says, and of outputs."""
         return min(self.features, self.max_targets or self.features) + self.outputs
+
+    @property
+    def expanded(self) -> float:
+        """Rows that are computed: not of all targets where some influence may be left out."""
+        return self.targets * (EXPANDED if self.left_out and not self.bounded and not self.unpruned else 1.0)
 
     @property
     def kept(self) -> float:
@@ -173,7 +176,7 @@ class Work:
     @property
     def hop_work(self) -> float:
         """Multiplications for the hops of one edge, 2 H E n L (`circuits/hop_work.py`)."""
-        return 2.0 * self.attention_width * self.n * self.n_layers
+        return 2.0 * self.n_heads * self.d_head * self.n * self.n_layers
 
 
 def held_encoders(work: Work) -> int:
@@ -246,21 +249,21 @@ def operations(work: Work) -> dict[str, float]:
     """Floating point operations by step.
 
     - record and encode: 2 n parameters, and 2 n F r D of each dictionary
-    - rows: a target passes half of the live layers with a covector at half of the positions, 4 (n / 2) D H E each, at
-      all of them where only the strongest get a row, for these stand last; and it meets a quarter of all writers, 2 D
-      each. Where no layer is live it reads through one at most, and meets half of the writers at its own position. Rows
-      of kept targets are made twice, unless they are held.
+    - rows: a target passes half of the live layers with a covector at half of the positions, 2 (n / 2) D (H + K) E
+      each, at all of them where only the strongest get a row, for these stand last; and it meets a quarter of all
+      writers, 2 D each. Where no layer is live it reads through one at most, and meets half of the writers at its own
+      position. Rows of kept targets are made twice, unless they are held.
     - hop splits: the work of `circuits/hop_work.py`, at a part of the speed
     """
     n, d = work.n, work.d_model
     encode = sum(2.0 * n * size.n_features * size.rank * size.d_read for size in work.every)
     reach = n if work.bounded else (n + 1) / 2
-    layer = 4.0 * reach * d * work.attention_width
+    layer = 2.0 * reach * d * (work.n_heads + work.n_kv_heads) * work.d_head
     meet = 2.0 * d * (work.nodes / 4 if work.live else work.nodes / n / 2)
-    again = 0.0 if work.bounded or work.unpruned else min(work.kept, work.targets)
+    again = 0.0 if work.bounded or work.unpruned else min(work.kept, work.expanded)
     return {
         "record and encode": 2.0 * n * work.parameters + encode,
-        "rows": (work.targets + again) * (max(work.live, 1) / 2 * layer + meet),
+        "rows": (work.expanded + again) * (max(work.live, 1) / 2 * layer + meet),
         "hop splits": 2.0 * work.split * work.hop_work / HOP_SHARE,
     }
 
