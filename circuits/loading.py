@@ -66,7 +66,8 @@ def load(
         Where and in which precision the weights are held. Recording and attribution run in float32.
     memory
         Bytes on the device that the encoders of each replacement may take; those that do not fit stay in their files
-        and are read a block of features at a time. By default half of what is free.
+        and are read a block of features at a time. By default half of what is free; float32 encoders are used where
+        they lie in their files, which takes no longer.
 
     Returns
     -------

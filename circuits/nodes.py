@@ -164,6 +164,8 @@ def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary)
     """The features of one dictionary: one block, or key side and query side."""
     layer = dictionary.layer
     active = dictionary.encode(linear.input_of(dictionary))
+    if not dictionary.is_held:
+        unmap()
     if dictionary.read.site.name == "v":
         rows = dictionary.decoder_rows(active.features, dictionary.writes[0])
         values = rows * active.activations.unsqueeze(1)

@@ -38,7 +38,7 @@ from circuits.replacements.errors import ReplacementError
 from circuits.replacements.movement import HeadLoading, Movement, OwnAttention
 from circuits.replacements.processing import Processing
 from circuits.replacements.sites import ReadSite, Site
-from circuits.replacements.weights import HeldTensor, Rows
+from circuits.replacements.weights import HeldTensor, LazyTensor, Rows
 
 
 @dataclass(frozen=True)
@@ -303,17 +303,23 @@ class Replacement:
                     digest.update(block)
         return digest.hexdigest()
 
-    def hold_encoders(self, memory: int) -> int:
+    def hold_encoders(self, memory: int, *, needed: bool = False) -> int:
         """Take encoders that are still in their files into memory, one after another, as long as they fit.
 
         memory
             Bytes that all encoders in memory may take. Returns what is left of it.
+        needed
+            Leave out those that gain nothing by it: they are float32 in their file and used on the CPU, so the system
+            keeps them in memory as far as it has any to spare.
         """
         for dictionary in self.dictionaries:
-            size = 4 * prod(dictionary.encoder.shape)
-            if dictionary.is_held or size <= memory:
-                dictionary.W_enc = dictionary.W_enc
-                memory -= size
+            size, encoder = 4 * prod(dictionary.encoder.shape), dictionary.encoder
+            mapped = isinstance(encoder, LazyTensor) and encoder.reads_as_stored
+            if needed and mapped and dictionary.b_enc.device.type == "cpu":
+                continue
+            if not dictionary.is_held and size <= memory:
+                dictionary.W_enc = encoder.all().to(dictionary.b_enc.device)
+            memory -= size if dictionary.is_held else 0
         return max(0, memory)
 
     def check(self, n_layers: int, d_model: int, d_z: int, d_v: int) -> None:

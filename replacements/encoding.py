@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from circuits.kernels.encode import BLOCK, Activation, gate
-from circuits.replacements.weights import HeldTensor, Rows
+from circuits.replacements.weights import HeldTensor, LazyTensor, Rows
 
 BLOCK_BYTES = 1 << 26  # of an encoder that are read at once
 FEWEST = 64  # features of a block, however many positions there are
@@ -23,7 +23,8 @@ class Encoder:
     """The field `W_enc` of a dictionary: a tensor to those who read it, whether it is held or still in its file.
 
     It may be set to a tensor, or to `Rows` of a file, which stay there: who reads the field then gets the whole encoder
-    as float32 on the dictionary's device, read anew each time and not kept. Who needs some rows only asks
+    as float32 on the dictionary's device, read anew each time and not kept; or, not to be written to, the file's own
+    memory. Who needs some rows only asks
     `Dictionary.encoder` or `Dictionary.encoder_rows`.
     """
 
@@ -31,6 +32,8 @@ class Encoder:
         if owner is None:
             raise AttributeError("W_enc is a field of each dictionary")  # so that the dataclass sees no default
         held: Rows = owner.__dict__["_encoder"]
+        if isinstance(held, LazyTensor) and held.reads_as_stored:
+            return held.span(0, held.shape[0]).to(owner.b_enc.device)
         return held.tensor if isinstance(held, HeldTensor) else held.all().to(owner.b_enc.device)
 
     def __set__(self, owner: Any, value: "Tensor | Rows") -> None:
@@ -44,7 +47,16 @@ def blocks(encoder: Rows, n_positions: int, rank: int, device: torch.device) -> 
     step = max(FEWEST, fits)
     for first in range(0, n_features, step):
         last = min(first + step, n_features)
-        yield slice(first, last), read(encoder, torch.arange(first * rank, last * rank), device)
+        yield slice(first, last), _span(encoder, first * rank, last * rank, device)
+
+
+def _span(encoder: Rows, first: int, last: int, device: torch.device) -> Tensor:
+    """Neighbouring rows of an encoder, without a copy where that can be."""
+    if isinstance(encoder, HeldTensor):
+        return encoder.tensor[first:last]
+    if isinstance(encoder, LazyTensor):
+        return encoder.span(first, last).to(device)
+    return encoder.rows(torch.arange(first, last)).to(device)
 
 
 def read(encoder: Rows, index: Tensor, device: torch.device) -> Tensor:

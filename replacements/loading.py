@@ -18,7 +18,18 @@ from circuits.replacements.dictionary import Replacement
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.memory import free_memory
 
-ADAPTERS = ("native", "circuit_tracer", "openmoss", "saelens", "sparsify", "gemma_scope", "gemma_scope_2")
+ADAPTERS = (
+    "native",
+    "circuit_tracer",
+    "openmoss",
+    "saelens",
+    "clt_forge",
+    "crosslayer_coding",
+    "clt_training",
+    "sparsify",
+    "gemma_scope",
+    "gemma_scope_2",
+)
 
 
 def adapter_of(path: Path) -> Any:
@@ -44,7 +55,8 @@ def load_replacement(path: str | Path, device: str | torch.device = "cpu", memor
     ----------
     memory
         Bytes on the device that encoders may take; of those that do not fit a block at a time is read for encoding, and
-        later the rows of active features. By default half of what is free.
+        later the rows of active features. By default half of what is free, for those that are to be converted or moved
+        to a device; float32 encoders are used where they lie.
 
     Raises
     ------
@@ -60,5 +72,8 @@ def load_replacement(path: str | Path, device: str | torch.device = "cpu", memor
         known = "; ".join(f"{adapter.LOOKED_FOR} ({adapter.NAME})" for adapter in adapters)
         raise ReplacementError(f"{path}: no replacement of a known format here; looked for {known}")
     replacement: Replacement = adapter.load(path, str(device))
-    replacement.hold_encoders(free_memory(device) // 2 if memory is None else memory)
+    if memory is None:
+        replacement.hold_encoders(free_memory(device) // 2, needed=True)
+    else:
+        replacement.hold_encoders(memory)
     return replacement

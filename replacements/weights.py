@@ -103,6 +103,18 @@ class LazyTensor:
             return self.checked(torch.index_select(stored, 0, rows, out=out))
         return self.checked(stored.index_select(0, rows).float())
 
+    @property
+    def reads_as_stored(self) -> bool:
+        """Whether rows need no conversion: `span` then gives them where they lie."""
+        return self.dtype == "F32"
+
+    def span(self, first: int, last: int) -> Tensor:
+        """The rows `first` to `last` - 1; without a copy if they need no conversion: mapped into memory until `unmap`,
+        and not to be written to."""
+        if not self.reads_as_stored or 0 in self.shape:
+            return self.rows(torch.arange(first, last))
+        return self.checked(self.stored()[first:last])
+
     def all(self) -> Tensor:
         """The whole tensor. For encoders and biases; decoders are read through `rows`."""
         if 0 in self.shape:

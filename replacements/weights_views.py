@@ -1,9 +1,10 @@
-"""Matrices that differ from stored ones by a factor or a transpose, read by rows like these.
+"""Matrices that differ from stored ones by factors or a transpose, or are made of several, read by rows like these.
 
-Letters of shapes: F features, D width of what is read or written.
+Letters of shapes: F features, D width of what is read or written, r a rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from circuits.replacements.errors import ReplacementError
 from circuits.replacements.weights import HeldTensor, LazyTensor, Rows
 
 Stored = LazyTensor | HeldTensor
+
+
+def part(stored: Stored, index: int) -> Stored:
+    """Entry `index` of the first axis, still in its file."""
+    if isinstance(stored, HeldTensor):
+        return HeldTensor(f"{stored.name}[{index}]", stored.tensor[index])
+    size = prod(stored.shape[1:]) * np.dtype(NUMPY_TYPES[stored.dtype]).itemsize
+    return replace(stored, name=f"{stored.name}[{index}]", shape=stored.shape[1:], offset=stored.offset + index * size)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,85 @@ class Scaled:
     def all(self) -> Tensor:
         found = self.inner.all()
         return found * self.factor.to(found.device).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class ColumnScaled:
+    """`inner` (F, D), column d multiplied by `factor[d]`."""
+
+    inner: Rows
+    factor: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+        found = self.inner.rows(index, column=column)
+        return found * self.factor.to(found.device)
+
+    def all(self) -> Tensor:
+        found = self.inner.all()
+        return found * self.factor.to(found.device)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The rows of several matrices (F_i, D), one below the other; given on the CPU."""
+
+    pieces: tuple[Rows, ...]
+
+    @property
+    def name(self) -> str:
+        return self.pieces[0].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(piece.shape[0] for piece in self.pieces), *self.pieces[0].shape[1:])
+
+    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+        assert column is None
+        index, first = index.cpu(), 0
+        found = torch.zeros(len(index), *self.shape[1:])
+        for piece in self.pieces:
+            mine = (index >= first) & (index < first + piece.shape[0])
+            if mine.any():
+                found[mine] = piece.rows(index[mine] - first).cpu()
+            first += piece.shape[0]
+        return found
+
+    def all(self) -> Tensor:
+        return torch.cat([piece.all().cpu() for piece in self.pieces])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The product of `left` (F, r) and `right` (r, D), added to `base` (F, D)."""
+
+    left: Rows
+    right: Tensor
+    base: Rows
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+        assert column is None
+        left = self.left.rows(index)
+        return self.base.rows(index) + left @ self.right.to(left)
+
+    def all(self) -> Tensor:
+        left = self.left.all()
+        return self.base.all() + left @ self.right.to(left)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 from circuits.replacements.dictionary import Decoder, Dictionary
 from circuits.replacements.errors import ReplacementError
 from circuits.replacements.formats.openmoss_config import Config, inverse, make_gate, weights_of
-from circuits.replacements.formats.openmoss_rows import Checkpoint, part, squares
+from circuits.replacements.formats.openmoss_rows import Checkpoint, squares
 from circuits.replacements.formats.openmoss_sae import THRESHOLDS
-from circuits.replacements.weights_views import Scaled, Stored, Transposed
+from circuits.replacements.weights_views import Scaled, Stored, Transposed, part
 
 Factors = tuple[list[float], list[float]]
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from circuits.kernels.encode import Activation
 from circuits.replacements.errors import ReplacementError
+from circuits.replacements.formats.hooks import norm_of_hook_normalized
 from circuits.replacements.formats.openmoss_rows import Checkpoint
 from circuits.replacements.sites import Norm, ReadSite, Site
 
@@ -44,10 +45,6 @@ HOOKS = {
     "attn.hook_z": "z",
 }
 NORMALISED = {"ln1.hook_normalized": "resid_pre", "ln2.hook_normalized": "resid_mid"}
-RMS_NORM = re.compile(r"llama|qwen|gemma|mistral|mixtral|olmo-?2|phi-?3|deepseek|gpt-oss|(?<![a-z])yi-", re.IGNORECASE)
-LAYER_NORM = re.compile(
-    r"pythia|neox|gpt-?2|gpt-?j|gpt-neo|bloom|stablelm|phi-?[12](?!\d)|(?<![a-z])(?:opt|gelu|solu)-", re.IGNORECASE
-)
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -93,12 +90,9 @@ class Config:
         return Site(_known(self.path, hook), layer)
 
     def _norm(self) -> Norm:
-        for text in (self.model_name, *reversed(self.folder.absolute().parts)):
-            rms, layer = RMS_NORM.search(text), LAYER_NORM.search(text)
-            if rms and layer:
-                break
-            if rms or layer:
-                return "scale" if rms else "full"
+        found = norm_of_hook_normalized(self.model_name, *reversed(self.folder.absolute().parts))
+        if found is not None:
+            return found
         raise ReplacementError(
             f"{self.path}: reads {self.hooks_in[0]}, which a LayerNorm has behind its gain and an RMSNorm before it, "
             f"and neither {LM_CONFIG} nor the path names the model for sure; write the model's Hugging Face name as "

@@ -1,26 +1,15 @@
 """The tensors of an OpenMOSS checkpoint."""
 
-from dataclasses import replace
-from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from circuits.replacements.errors import ReplacementError, wrong_shape
-from circuits.replacements.weights import NUMPY_TYPES, HeldTensor, Rows, open_safetensors
+from circuits.replacements.weights import HeldTensor, Rows, open_safetensors
 from circuits.replacements.weights_views import Stored
 
 BLOCK = 4096  # decoder rows in memory at once while their norms are taken
-
-
-def part(stored: Stored, index: int) -> Stored:
-    """Entry `index` of the first axis, still in its file."""
-    if isinstance(stored, HeldTensor):
-        return HeldTensor(f"{stored.name}[{index}]", stored.tensor[index])
-    size = prod(stored.shape[1:]) * np.dtype(NUMPY_TYPES[stored.dtype]).itemsize
-    return replace(stored, name=f"{stored.name}[{index}]", shape=stored.shape[1:], offset=stored.offset + index * size)
 
 
 def squares(decoder: Rows) -> Tensor:

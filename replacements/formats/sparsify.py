@@ -15,8 +15,8 @@ output, a transcoder (`transcode`) the output from the input:
     layers.5.self_attn, .attn, .attention    SAE: the attention output
 
 All are the modules' own outputs, before a post-norm. Source: EleutherAI/sparsify, `sparse_coder.py`, `config.py`,
-`fused_encoder.py`. Refused: the activation groupmax, signed top-k, skips from the embedding, transcoders of other
-modules, and cross-layer coders (`n_targets`), which clt-training writes.
+`fused_encoder.py`. Refused: the activation groupmax, signed top-k, skips from the embedding, what n-grams explain
+(`gram_lookup`), and transcoders of other modules. What the fork clt-training writes is read by `clt_training.py`.
 """
 
 import json
@@ -41,7 +41,7 @@ ATTENTION = ("attention-sae", "attn_out")
 
 def recognises(path: Path) -> bool:
     """Whether the two files lie in the folder, or in folders of it."""
-    return bool(_folders(path))
+    return bool(folders(path))
 
 
 def load(path: Path, device: str = "cpu") -> Replacement:
@@ -52,17 +52,19 @@ def load(path: Path, device: str = "cpu") -> Replacement:
     ReplacementError
         A folder's name is no hookpoint, a setting cannot be expressed, or a file does not hold what it should.
     """
-    folders = _folders(path)
-    dictionaries = [_dictionary(folder, device) for folder in folders]
+    found = folders(path)
+    dictionaries = [_dictionary(folder, device) for folder in found]
     dictionaries.sort(key=lambda dictionary: (dictionary.layer, dictionary.writes[0].name))
     for below, above in pairwise(dictionaries):
         if below.writes == above.writes:
             raise ReplacementError(f"{path}: {below.source} and {above.source} are both for {below.writes[0]}")
-    files = tuple(folder / name for folder in folders for name in (CONFIG, WEIGHTS))
+    files = tuple(folder / name for folder in found for name in (CONFIG, WEIGHTS))
     return Replacement(path.name, path, NAME, tuple(dictionaries), files=files)
 
 
-def _folders(path: Path) -> list[Path]:
+def folders(path: Path) -> list[Path]:
+    """Where the two files of a coder lie: the folder, or folders of it."""
+
     def has_both(folder: Path) -> bool:
         return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
@@ -71,7 +73,7 @@ def _folders(path: Path) -> list[Path]:
     return sorted(folder for folder in path.glob("*") if has_both(folder))
 
 
-def _config(file: Path) -> dict[str, Any]:
+def config_of(file: Path) -> dict[str, Any]:
     """The settings of one coder, checked."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -81,13 +83,13 @@ def _config(file: Path) -> dict[str, Any]:
         raise ReplacementError(f"{file}: should be a JSON object with k, d_in, activation, ...; k a whole number")
     if (activation := values.get("activation", "topk")) != "topk":
         raise ReplacementError(f"{file}: activation {activation!r} cannot be expressed; expected topk")
-    for setting in ("signed", "embed_skip", "n_targets", "n_sources"):
+    for setting in ("signed", "embed_skip", "gram_lookup"):
         if values.get(setting):
             raise ReplacementError(f"{file}: the setting {setting} = {values[setting]!r} cannot be expressed")
     return values
 
 
-def _place(folder: Path, transcode: bool) -> tuple[str, ReadSite, Site]:
+def place(folder: Path, transcode: bool) -> tuple[str, ReadSite, Site]:
     """Kind, read site and write site of a hookpoint."""
     found = HOOKPOINT.fullmatch(folder.name)
     if not found:
@@ -108,9 +110,9 @@ def _place(folder: Path, transcode: bool) -> tuple[str, ReadSite, Site]:
 
 
 def _dictionary(folder: Path, device: str) -> Dictionary:
-    config, tensors = _config(folder / CONFIG), Tensors(folder / WEIGHTS, device)
+    config, tensors = config_of(folder / CONFIG), Tensors(folder / WEIGHTS, device)
     transcode = bool(config.get("transcode"))
-    kind, read, site = _place(folder, transcode)
+    kind, read, site = place(folder, transcode)
     n_features, width = tensors.matrix_shape("encoder.weight")
     b_enc, b_dec = tensors.whole("encoder.bias", (n_features,)), tensors.whole("b_dec", (width,))
     W_enc = tensors.lazy("encoder.weight", (n_features, width))

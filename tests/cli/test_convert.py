@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_clt_forge
+import test_clt_training
+import test_crosslayer_coding
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -107,6 +110,26 @@ def test_there_and_back(run, tmp_path: Path, transcoders: Path) -> None:
             ours = load_file(tmp_path / f"{name}-back" / file.name)
             for key, tensor in load_file(file).items():
                 torch.testing.assert_close(ours[key], tensor, rtol=0, atol=0)
+
+
+def test_other_cross_layer_formats(run, tmp_path: Path) -> None:
+    """CLT-Forge's, clt-training's and crosslayer-coding's become ours; circuit-tracer's too, but for skips of a CLT."""
+    test_clt_forge.write(tmp_path / "clt-forge", 2, decoder_type="lora")
+    layers, config = test_clt_training.CASES["divided"]
+    test_clt_training.write(tmp_path / "clt-training", test_clt_training.HOOKPOINTS, layers, **config)
+    test_crosslayer_coding.write(tmp_path / "data" / "crosslayer-coding")
+    for source in (tmp_path / "clt-forge", tmp_path / "clt-training", tmp_path / "data" / "crosslayer-coding"):
+        expected = load_replacement(source)
+        assert expected.format == source.name
+        for format in ("circuits", "circuit-tracer"):
+            out = tmp_path / f"{source.name}-{format}"
+            code, said = run(source, "-o", out, "--format", format)
+            if (source.name, format) == ("clt-training", "circuit-tracer"):
+                assert (code, "has a skip connection beside" in said, out.exists()) == (2, True, False), said
+                continue
+            assert code == 0, said
+            assert f"{source.name} to {format}, float32" in said
+            assert_same(load_replacement(out), expected)
 
 
 def test_what_circuit_tracer_cannot_say_is_refused(run, tmp_path: Path) -> None:

@@ -57,20 +57,20 @@ def test_an_encoder_in_its_file_gives_the_same_graph_and_is_read_a_block_at_a_ti
     the same to rounding."""
     monkeypatch.setattr(encoding, "FEWEST", 4)
     monkeypatch.setattr(encoding, "BLOCK_BYTES", 4 * 64 * 4)
-    model = circuits.load(CASE / "model", CASE / "transcoders")
+    model = circuits.load(CASE / "model", CASE / "transcoders", memory=2**30)
     lazy = circuits.load(CASE / "model", CASE / "transcoders", memory=0)
     assert all(dictionary.is_held for dictionary in model.replacements[0].dictionaries)
     assert not any(dictionary.is_held for dictionary in lazy.replacements[0].dictionaries)
     encoders = {dictionary.encoder for dictionary in lazy.replacements[0].dictionaries}
     read: list[int] = []
-    rows = LazyTensor.rows
+    span = LazyTensor.span
 
-    def counted(tensor: LazyTensor, index: Tensor, **options: int | None) -> Tensor:
+    def counted(tensor: LazyTensor, first: int, last: int) -> Tensor:
         if tensor in encoders:
-            read.append(len(index) * tensor.shape[1] * 4)
-        return rows(tensor, index, **options)
+            read.append((last - first) * tensor.shape[1] * 4)
+        return span(tensor, first, last)
 
-    monkeypatch.setattr(LazyTensor, "rows", counted)
+    monkeypatch.setattr(LazyTensor, "span", counted)
     monkeypatch.setattr(LazyTensor, "all", lambda tensor: pytest.fail(f"{tensor.name} was read whole"))
     dictionary = lazy.replacements[0].dictionaries[0]
     x = torch.randn(5, dictionary.d_read, generator=torch.Generator().manual_seed(1))
@@ -92,6 +92,16 @@ def test_encoders_are_held_as_far_as_the_budget_goes() -> None:
         assert torch.equal(mine.W_enc, theirs.W_enc)
         features = torch.tensor([3, 0, 3])
         assert torch.equal(mine.encoder_rows(features), theirs.encoder_rows(features))
+
+
+def test_float32_encoders_are_used_where_they_lie() -> None:
+    """Without a budget they are not copied: a span is the file's own memory, which goes when it is let go of."""
+    dictionaries = load_replacement(CASE / "transcoders").dictionaries
+    assert not any(dictionary.is_held for dictionary in dictionaries)
+    encoder = dictionaries[0].encoder
+    assert isinstance(encoder, LazyTensor)
+    assert encoder.span(2, 5).data_ptr() == encoder.span(0, 5).data_ptr() + 2 * 4 * encoder.shape[1]
+    assert torch.equal(encoder.span(2, 5), encoder.all()[2:5])
 
 
 @pytest.mark.parametrize("name", ["gpt2_mtc_ranks", "gpt2_own", "llama_lorsa", "gpt2_value"])

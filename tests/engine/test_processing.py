@@ -116,14 +116,15 @@ def test_processing_matters(lens: dict[str, np.ndarray], base: BaseModel, tmp_pa
         assert np.abs(lens[f"default/1/{hook}"] - value.numpy()).max() > 0.1
 
 
-def test_a_trace_under_processing(lens: dict[str, np.ndarray], base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processing", "hook"), [("default", "ln2.hook_normalized"), ("plain", "hook_resid_mid")])
+def test_a_trace(processing: str, hook: str, lens: dict[str, np.ndarray], base: BaseModel, tmp_path: Path) -> None:
     """Attention SAEs on `hook_z` and transcoders, as `circuits.load` reads them: ledger closed, the same features."""
     expected = {}
     for layer in range(2):
-        write(tmp_path / "z" / f"{layer}", f"blocks.{layer}.attn.hook_z", "default")
-        hooks = (f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.hook_mlp_out")
-        tensors = write(tmp_path / "mlp" / f"{layer}", hooks[0], "default", out=hooks[1])
-        pre = torch.from_numpy(lens[f"default/{layer}/ln2.hook_normalized"]) @ tensors["W_enc"] + tensors["b_enc"]
+        write(tmp_path / "z" / f"{layer}", f"blocks.{layer}.attn.hook_z", processing)
+        out = f"blocks.{layer}.hook_mlp_out"
+        tensors = write(tmp_path / "mlp" / f"{layer}", f"blocks.{layer}.{hook}", processing, out=out)
+        pre = torch.from_numpy(lens[f"{processing}/{layer}/{hook}"]) @ tensors["W_enc"] + tensors["b_enc"]
         expected[layer] = (pre[1:] > 0).sum()
     model = circuits.load(DATA / "model", [tmp_path / "z", tmp_path / "mlp"])
     settings = circuits.TraceSettings(unpruned=True)

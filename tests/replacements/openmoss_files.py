@@ -15,6 +15,29 @@ from torch import Tensor
 
 F, D, T = 24, 16, 7
 NORM_IN, NORM_OUT = 7.0, 2.5
+LORSA = {
+    "sae_type": "lorsa",
+    "n_qk_heads": 4,
+    "d_qk_head": 6,
+    "rotary_dim": 6,
+    "rotary_base": 100,
+    "rotary_adjacent_pairs": True,
+    "rotary_scale": 1,
+    "positional_embedding_type": "rotary",
+    "use_post_qk_ln": False,
+    "normalization_type": None,
+    "eps": 1e-6,
+    "attn_scale": None,
+    "n_ctx": 8,
+    "act_fn": "topk",
+}
+NTK = {
+    "use_NTK_by_parts_rope": True,
+    "NTK_by_parts_factor": 8.0,
+    "NTK_by_parts_low_freq_factor": 1.0,
+    "NTK_by_parts_high_freq_factor": 4.0,
+    "old_context_len": 64,
+}
 Tensors = dict[str, Tensor]
 Values = dict[str, Any]
 
@@ -68,6 +91,47 @@ def lorsa(seed: int, heads: int, width: int, **values: Any) -> Tensors:
     if values.get("act_fn") == "jumprelu":
         found |= draw(seed + 1, activation_function__log_jumprelu_threshold=(F,))
     return found | {"mask": torch.ones(8, 8, dtype=torch.bool).tril()}
+
+
+def cross_layer(n_layers: int, **more: Any) -> tuple[Values, Tensors]:
+    """Configuration and parameters of a CLT."""
+    layers = range(n_layers)
+    values = common("", "", sae_type="clt", **more)
+    del values["hook_point_in"], values["hook_point_out"]
+    values["hook_points_in"] = [f"blocks.{n}.ln2.hook_normalized" for n in layers]
+    values["hook_points_out"] = [f"blocks.{n}.hook_mlp_out" for n in layers]
+    tensors = draw(6, W_E=(n_layers, D, F), b_E=(n_layers, F), **{f"W_D__{n}": (n + 1, F, D) for n in layers})
+    tensors |= draw(7, **{f"b_D__{n}": (D,) for n in layers})
+    if values["act_fn"] == "jumprelu":
+        tensors |= draw(8, activation_function__log_jumprelu_threshold=(n_layers, F))
+    return values, tensors
+
+
+def write_llama_scope(folder: Path, name: str, seed: int, values: Values) -> Tensors:
+    """A checkpoint of 2024, for Llama 3.1: torch's linear layers, and average norms in `hyperparams.json`."""
+    drawn = draw(seed, encoder__weight=(F, D), encoder__bias=(F,), decoder__weight=(D, F), decoder__bias=(D,))
+    (folder / name / "checkpoints").mkdir(parents=True)
+    save_file(drawn, folder / name / "checkpoints" / "final.safetensors")
+    (folder / name / "hyperparams.json").write_text(json.dumps(values))
+    return drawn
+
+
+def llama_scope_values(hook_in: str, hook_out: str, **more: Any) -> Values:
+    """Its configuration: one threshold for all features."""
+    norms = {"in": NORM_IN, "out": NORM_OUT}
+    more |= {"d_sae": F, "expansion_factor": 8, "jump_relu_threshold": 0.4, "dataset_average_activation_norm": norms}
+    return common(hook_in, hook_out, **more)
+
+
+def write_all(folder: Path, name: str, **more: Any) -> Path:
+    """A transcoder and a Lorsa for each of two layers, one directory each, as in a Hugging Face repository."""
+    for layer in range(2):
+        block = f"blocks.{layer}"
+        values = common(f"{block}.ln2.hook_normalized", f"{block}.hook_mlp_out", sae_type="sae", act_fn="topk")
+        write(folder / f"layer{layer}_transcoder_8x_k64", values, sae(20 + layer, **values), name)
+        values = common(f"{block}.ln1.hook_normalized", f"{block}.hook_attn_out") | LORSA | more
+        write(folder / f"layer{layer}_lorsa_8x_k64", values, lorsa(30 + layer, 4, 6, **values), name)
+    return folder
 
 
 def factors(values: Values) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def test_a_trace(tmp_path: Path) -> None:
     [
         ("layers.3.mlp", {"activation": "groupmax"}, "activation 'groupmax' cannot be expressed"),
         ("layers.3.mlp", {"signed": True}, "the setting signed = True"),
-        ("layers.3.mlp", {"n_targets": 4, "transcode": True}, "the setting n_targets = 4"),
+        ("layers.3.mlp", {"gram_lookup": True}, "the setting gram_lookup = True"),
         ("layers.3.mlp", {"k": None}, "k a whole number"),
         ("layers.3.self_attn", {"transcode": True}, r"a transcoder of layers\.3\.self_attn cannot be expressed"),
         ("my-sae", {}, "the folder's name should be the hookpoint"),

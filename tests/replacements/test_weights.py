@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from circuits.replacements.errors import ReplacementError
-from circuits.replacements.weights import open_safetensors
+from circuits.replacements.weights import HeldTensor, Rows, open_safetensors
+from circuits.replacements.weights_views import ColumnScaled, Joined, LowRank, Scaled, Transposed, part
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -73,3 +74,27 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
     save_file({"k": torch.tensor(20)}, tmp_path / "a.safetensors")
     with pytest.raises(ReplacementError, match="type I64"):
         open_safetensors(tmp_path / "a.safetensors")["k"].all()
+
+
+def test_views(tmp_path: Path) -> None:
+    """Rows of matrices made of stored ones, in any order and repeated, are those of the whole that it should be."""
+    drawn = {name: torch.randn(shape) for name, shape in {"a": (5, 4), "b": (7, 4), "left": (5, 2)}.items()}
+    drawn |= {"stack": torch.randn(3, 5, 4), "right": torch.randn(2, 4)}
+    drawn |= {"rows": torch.rand(5), "columns": torch.rand(4)}
+    save_file(drawn, tmp_path / "views.safetensors")
+    lazy = open_safetensors(tmp_path / "views.safetensors")
+    a, right = drawn["a"], drawn["right"]
+    views: list[tuple[Rows, torch.Tensor]] = [
+        (part(lazy["stack"], 2), drawn["stack"][2]),
+        (part(HeldTensor("stack", drawn["stack"]), 1), drawn["stack"][1]),
+        (Scaled(lazy["a"], drawn["rows"]), a * drawn["rows"].unsqueeze(1)),
+        (ColumnScaled(lazy["a"], drawn["columns"]), a * drawn["columns"]),
+        (Transposed(lazy["a"]), a.T),
+        (Joined((lazy["a"], lazy["b"], lazy["a"])), torch.cat([a, drawn["b"], a])),
+        (LowRank(lazy["left"], right, lazy["a"]), a + drawn["left"] @ right),
+    ]
+    for view, whole in views:
+        assert view.shape == whole.shape
+        torch.testing.assert_close(view.all(), whole)
+        for index in ([len(whole) - 1, 0, 2, 0], [1, 2, 3], []):
+            torch.testing.assert_close(view.rows(torch.tensor(index, dtype=torch.long)), whole[index])
