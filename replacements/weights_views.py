@@ -19,7 +19,7 @@ def part(stored: Stored, index: int) -> Stored:
     """Entry `index` of the first axis, still in its file."""
     if isinstance(stored, HeldTensor):
         return HeldTensor(f"{stored.name}[{index}]", stored.tensor[index])
-    size = prod(stored.shape[1:]) * np.dtype(NUMPY_TYPES[stored.dtype]).itemsize
+    size = prod(stored.shape[1:]) * stored.itemsize
     return replace(stored, name=f"{stored.name}[{index}]", shape=stored.shape[1:], offset=stored.offset + index * size)
 
 
@@ -62,9 +62,9 @@ class ColumnScaled:
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
-        found = self.inner.rows(index, column=column)
-        return found * self.factor.to(found.device)
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
+        found = self.inner.rows(index, column=column, out=out)
+        return found.mul_(self.factor.to(found.device))
 
     def all(self) -> Tensor:
         found = self.inner.all()
@@ -85,7 +85,7 @@ class Joined:
     def shape(self) -> tuple[int, ...]:
         return (sum(piece.shape[0] for piece in self.pieces), *self.pieces[0].shape[1:])
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         assert column is None
         index, first = index.cpu(), 0
         found = torch.zeros(len(index), *self.shape[1:])
@@ -116,7 +116,7 @@ class LowRank:
     def shape(self) -> tuple[int, ...]:
         return self.base.shape
 
-    def rows(self, index: Tensor, *, column: int | None = None) -> Tensor:
+    def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         assert column is None
         left = self.left.rows(index)
         return self.base.rows(index) + left @ self.right.to(left)
