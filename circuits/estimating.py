@@ -25,7 +25,7 @@ from circuits.prompt import Prompt, prepare
 from circuits.replacements.dictionary import Dictionary, Replacement
 from circuits.replacements.memory import free_memory
 from circuits.replacements.movement import HeadLoading, OwnAttention
-from circuits.replacements.weights import HeldTensor
+from circuits.replacements.weights import HeldTensor, LazyTensor
 from circuits.settings import TraceSettings
 from circuits.targets import AUTOMATIC_COUNT, Target, TopTokens
 
@@ -202,7 +202,7 @@ def _work(headers: Model, prompt: Prompt, settings: TraceSettings, device: str, 
         errors=len(layers) + replaced + values + len(blocks),
         outputs=outputs,
         dictionaries=tuple(
-            tuple(_size(d, one) for d in dictionaries)
+            tuple(_size(d, one, device) for d in dictionaries)
             for dictionaries, one in zip(taking, headers.replacements, strict=True)
         ),
         file_bytes=sum(file.stat().st_size for file in files) + (0 if base.files else weight_bytes),
@@ -222,8 +222,9 @@ def _inside(dictionary: Dictionary, blocks: set[int]) -> bool:
     return dictionary.read.site.name in ("attn_out", "z", "v", "resid_mid") and dictionary.layer in blocks
 
 
-def _size(dictionary: Dictionary, replacement: Replacement) -> DictionarySize:
+def _size(dictionary: Dictionary, replacement: Replacement, device: str) -> DictionarySize:
     l0, basis = l0_of(dictionary, replacement)
+    encoder = dictionary.encoder
     moved, decoder = dictionary.moved_by, dictionary.decoders[dictionary.writes[0]]
     return DictionarySize(
         name=dictionary.name,
@@ -239,6 +240,7 @@ def _size(dictionary: Dictionary, replacement: Replacement) -> DictionarySize:
         moving=moved.context_k if isinstance(moved, HeadLoading) else None,
         patterns=len(moved.W_q) if isinstance(moved, OwnAttention) else 0,
         encoder_held=dictionary.is_held,
+        encoder_mapped=isinstance(encoder, LazyTensor) and encoder.reads_as_stored and device == "cpu",
         decoder_held=isinstance(decoder.rows, HeldTensor),
     )
 

@@ -28,14 +28,24 @@ HOP_SHARE = 1 / 30  # of the speed of a matrix product at which hops are compute
 WINDOW = 2**16  # bytes that the system maps around a row of a file
 READ_SPEED = 8e8  # bytes a second at which files that the system has at hand are read and checked
 WRITE_SPEED = 3e8  # bytes a second at which decoder rows become writers
+PASSING = ("encoder files", "decoder files", "logits")  # parts of the memory, one after the other
 SETTLED = 0.2  # seconds of the steps that cost the same whatever the prompt
 
 
 @dataclass(frozen=True)
 class DictionarySize:
-    """A dictionary. `basis` says where its l0 is from; `moves` whether the base layer's heads move its features, at
-    most `moving` of a context; `patterns` is how many it has of its own. `encoder_held` and `decoder_held` are of
-    formats that keep them in memory whatever the room."""
+    """A dictionary.
+
+    basis
+        Where its l0 is from.
+    moves, moving
+        Whether the base layer's heads move its features, and at most how many of a context.
+    patterns
+        How many it has of its own.
+    encoder_held, encoder_mapped, decoder_held
+        Some formats keep encoders and decoders in memory whatever the room; other encoders may be used where they lie in
+        their files.
+    """
 
     name: str
     kind: str
@@ -50,6 +60,7 @@ class DictionarySize:
     moving: int | None = None
     patterns: int = 0
     encoder_held: bool = False
+    encoder_mapped: bool = False
     decoder_held: bool = False
 
     def seen(self, n: int) -> float:
@@ -180,26 +191,29 @@ class Work:
 
 
 def held_encoders(work: Work) -> int:
-    """Bytes of encoders in memory: one after another, as long as they fit into half of what is free when their
-    replacement is loaded; and all that have no other form."""
+    """Bytes of encoders in memory: all that have no other form, and those that gain by it as long as they fit.
+
+    One after another, into half of what is free when their replacement is loaded.
+    """
     total, taken = 0, work.parameters * work.weight_size
     for sizes in work.dictionaries:
         budget = max(0, work.free - taken - total) // 2
         for size in sizes:
-            if size.encoder_held or size.encoder_bytes <= budget:
+            if size.encoder_held or (size.encoder_bytes <= budget and not size.encoder_mapped):
                 total += size.encoder_bytes
                 budget -= size.encoder_bytes
     return total
 
 
 def memory(work: Work) -> dict[str, float]:
-    """Bytes by part. Decoders, logits, and what comes after them are not there at one time: see `peak`.
+    """Bytes by part. Those of `PASSING`, and what comes after them, are not there at one time: see `peak`.
 
     - attention weights: those of values, behind their norm, of live layers; where weights are not stored in float32,
       also what stands in float32 beside them, (H + K) D E of each layer
     - recording: 6 n D streams, n^2 H patterns, n E (2 H + K) of each layer, and patterns of dictionaries of their own
     - writers: n l0 W D, and n D of tokens and of each error
-    - decoders: see `DictionarySize.decoder_bytes`
+    - encoder files: the largest encoder of those that are used where they lie
+    - decoder files: see `DictionarySize.decoder_bytes`
     - logits: the unembedding in float32, where it is not stored so
     - rows: where no layer is live, writers summed twice; `BLOCK_COPIES` blocks; targets x nodes / 2 with max_targets
     - graph: `PAIR_BYTES` for each pair of kept nodes
@@ -222,7 +236,8 @@ def memory(work: Work) -> dict[str, float]:
         "encoders": float(held_encoders(work)),
         "recording": FLOAT * (work.n_layers * n * layer + own),
         "writers": FLOAT * d * (written + n + work.positions * work.errors),
-        "decoders": _decoders(work),
+        "encoder files": max((size.encoder_bytes for size in everything if size.encoder_mapped), default=0),
+        "decoder files": _decoders(work),
         "logits": FLOAT * work.vocabulary * d * half,
         "rows": FLOAT * rows,
         "graph": PAIR_BYTES * work.pairs,
@@ -239,10 +254,10 @@ def _decoders(work: Work) -> float:
 
 
 def peak(parts: dict[str, float]) -> float:
-    """The largest sum at one time: decoders are let go before logits are taken, and these before rows are made."""
+    """The largest sum at one time: what passes is let go before rows are made."""
+    passing = [parts.get(name, 0.0) for name in PASSING]
     late = sum(parts.get(name, 0.0) for name in ("rows", "graph", "hop splits"))
-    passing = (parts.get("decoders", 0.0), parts.get("logits", 0.0), late)
-    return sum(parts.values()) - sum(passing) + max(passing)
+    return sum(parts.values()) - sum(passing) - late + max(*passing, late)
 
 
 def operations(work: Work) -> dict[str, float]:

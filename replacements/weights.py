@@ -120,7 +120,7 @@ class LazyTensor:
         if 0 in self.shape:
             return torch.zeros(self.shape)
         self._check_type()
-        if self.is_meta and self.shape:
+        if self.is_meta and prod(self.shape) > 1:
             return torch.empty(self.shape, device="meta")
         bits = np.fromfile(self.path, np.uint8, count=prod(self.shape) * self.itemsize, offset=self.offset)
         return self.checked(torch.from_numpy(bits).view(FLOATS[self.dtype]).view(self.shape).float())
@@ -133,6 +133,8 @@ class LazyTensor:
     def stored(self) -> Tensor:
         """The tensor as it lies in its file, mapped into memory."""
         self._check_type()
+        if self.is_meta:
+            return torch.empty(self.shape, dtype=FLOATS[self.dtype], device="meta")
         file = self.path.stat()
         return _mapped(self.path, (file.st_ino, file.st_mtime_ns, file.st_size), self.dtype, self.shape, self.offset)
 
@@ -145,6 +147,8 @@ class LazyTensor:
 
     def checked(self, values: Tensor) -> Tensor:
         """The values that were read, if all are finite."""
+        if values.is_meta:
+            return values
         # A sum is finite only if all terms are; large ones may overflow it, so the terms then decide.
         if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             raise ReplacementError(

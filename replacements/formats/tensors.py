@@ -51,6 +51,15 @@ class Tensors:
         """The same, None where the file has no such tensor."""
         return self.whole(name, shape) if name in self else None
 
+    def number(self, name: str, shape: Sequence[int | str] = ()) -> float:
+        """A tensor of a single number."""
+        return float(self.lazy(name, shape).all())
+
+    def is_zero(self, name: str, shape: Sequence[int | str]) -> bool:
+        """Whether a tensor is zero everywhere; one that is not read is taken to be."""
+        found = self.whole(name, shape)
+        return found.is_meta or not found.any()
+
     def threshold(self, name: str, n_features: int) -> Tensor:
         """One threshold for each feature, (F,), or a single number, () or (1,)."""
         if name in self and self._tensors[name].shape in ((), (1,)):

@@ -48,7 +48,7 @@ def test_nodes_and_bytes_by_hand() -> None:
     assert found["attention weights"] == 4 * 3 * 2 * 6 * 10
     assert found["recording"] == 4 * 3 * 5 * (6 * 10 + 5 * 4 + 6 * (4 + 4 + 2))
     assert found["writers"] == 4 * 10 * (80 * 3 + 5 + 12)
-    assert found["decoders"] == 4 * 1000 * 3 * 10  # few enough for the system to map all of it
+    assert found["decoder files"] == 4 * 1000 * 3 * 10  # few enough for the system to map all of it
     assert "logits" not in found
     assert found["rows"] == 4 * 3 * 90 * 97
     kept = 0.12 * 80 + 5 + 10
@@ -103,6 +103,9 @@ def test_encoders_that_do_not_fit_stay_in_their_files() -> None:
     assert held_encoders(replace(three, free=28_000 + 2 * 40_000)) == 40_000
     assert held_encoders(replace(three, free=0)) == 0
     assert held_encoders(replace(three, free=0, dictionaries=((CLT, replace(CLT, encoder_held=True)),))) == 40_000
+    mapped = replace(WORK, dictionaries=((replace(CLT, encoder_mapped=True), CLT),))
+    assert held_encoders(mapped) == 40_000
+    assert memory(mapped)["encoder files"] == 40_000
 
 
 def test_time_by_hand() -> None:
@@ -154,7 +157,8 @@ def test_of_a_model_as_it_is_loaded() -> None:
     same = [replace(work, dictionaries=(), free=0, resident=0) for work in works]
     assert same[0] == same[1]
     assert memory(works[0])["base model"] == of_bytes(list(loaded.base.lm.parameters()))
-    assert held_encoders(works[0]) == of_bytes([d.W_enc for r in loaded.replacements for d in r.dictionaries])
+    held_now = [d.W_enc for r in loaded.replacements for d in r.dictionaries if d.is_held]
+    assert held_encoders(works[0]) == of_bytes(held_now)
     assert works[0].file_bytes == sum(f.stat().st_size for f in (CASE / "model").glob("*.safetensors")) + sum(
         f.stat().st_size for f in (CASE / "transcoders").iterdir()
     )
