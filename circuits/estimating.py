@@ -36,6 +36,7 @@ TRIED = 0.2  # seconds for which the machine's speed is measured
 FEWER, SMALLER = 512, 1000  # targets, and features of a graph, that are advised
 NOTABLE = 0.98  # of the peak, that is left by what is worth advising
 USUAL_RESIDENT = 450 * 2**20  # bytes of Python with torch and transformers
+Change = tuple[str, dict[str, Any]]  # in words, and the fields of `Work` that it changes
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Estimate:
     memory, seconds
         Bytes and seconds by part; `peak` is the most memory at one time.
     advice
-        What would make it smaller, and to how many bytes of `peak`; empty where it fits.
+        What makes it smaller, one change on top of the other, and to how many bytes of `peak`; empty where it fits.
     """
 
     model: str
@@ -62,13 +63,12 @@ class Estimate:
         return peak(self.memory)
 
     @property
-    def needed(self) -> float:
-        """Bytes of the peak that the program does not have yet."""
-        return self.peak - self.work.resident
-
-    @property
     def fits(self) -> bool:
-        return self.needed <= self.work.free
+        return self.would_fit(self.peak)
+
+    def would_fit(self, size: float) -> bool:
+        """Whether there is room for a peak of so many bytes; the program has its own already."""
+        return size - self.work.resident <= self.work.free
 
     @property
     def total_seconds(self) -> float:
@@ -254,21 +254,26 @@ def _resident() -> int:
 
 
 def _advice(work: Work) -> tuple[tuple[str, float], ...]:
-    """What would make it smaller, the most effective first, and the peak that it would leave; all of it at last."""
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("without hop splits (--no-hops)", {"hops": False}),
-        (f"fewer rows (--max-targets {FEWER})", {"max_targets": min(FEWER, work.max_targets or FEWER)}),
-        (f"a smaller graph (--max-feature-nodes {SMALLER})",
+    """Changes that make it fit, each on top of those before it: the most harmless first, and none that can be spared; all
+    that help where it never fits."""
+    changes: tuple[Change, ...] = (
+        ("a pruned graph (without --unpruned)", {"unpruned": False}),
+        ("no hop splits (--no-hops)", {"hops": False}),
+        (f"a graph of fewer features (--max-feature-nodes {SMALLER})",
          {"max_feature_nodes": min(SMALLER, work.max_feature_nodes or SMALLER)}),
         ("weights in half precision (--dtype bfloat16)", {"weight_size": min(2, work.weight_size)}),
+        (f"fewer rows (--max-targets {FEWER})", {"max_targets": min(FEWER, work.max_targets or FEWER)}),
         ("a prompt half as long", {"n": (work.n + 1) // 2, "positions": (work.positions + 1) // 2}),
-        ("a pruned graph (no --unpruned)", {"unpruned": False}),
-    ]  # fmt: skip
-    now = peak(memory(work))
-    sizes = [(peak(memory(replace(work, **change))), text, change) for text, change in changes]
-    useful = sorted((entry for entry in sizes if entry[0] < NOTABLE * now), key=lambda entry: entry[0])
-    found = [(text, size) for size, text, _ in useful]
-    if len(useful) > 1:
-        everything = {name: value for _, _, change in useful for name, value in change.items()}
-        found.append(("all of these", peak(memory(replace(work, **everything)))))
-    return tuple(found)
+    )  # fmt: skip
+
+    def left(chosen: Sequence[Change]) -> float:
+        return peak(memory(replace(work, **{name: value for _, change in chosen for name, value in change.items()})))
+
+    room, chosen = work.free + work.resident, list[Change]()
+    for change in changes:
+        if left(chosen) > room and left([*chosen, change]) < NOTABLE * left(chosen):
+            chosen.append(change)
+    for change in chosen[:-1]:
+        if left(others := [other for other in chosen if other is not change]) <= room:
+            chosen = others
+    return tuple((text, left(chosen[: i + 1])) for i, (text, _) in enumerate(chosen))

@@ -43,8 +43,7 @@ class DictionarySize:
     patterns
         How many it has of its own.
     encoder_held, encoder_mapped, decoder_held
-        Some formats keep encoders and decoders in memory whatever the room; other encoders may be used where they lie in
-        their files.
+        Some formats keep encoders and decoders in memory whatever the room; other encoders are used where they lie.
     """
 
     name: str

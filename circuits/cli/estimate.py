@@ -18,20 +18,22 @@ def show_estimate(found: Estimate, left_out: tuple[str, ...] = ()) -> None:
         console.print()
     console.print(_verdict(found))
     for text, size in found.advice:
-        console.print(f"  {text}: {size_name(size)}", style=POSITIVE if _would_fit(found, size) else QUIET)
+        console.print(f"  {text}: {size_name(size)}", style=POSITIVE if found.would_fit(size) else QUIET)
     for note in _notes(found, left_out):
         console.print(note, style=QUIET)
 
 
 def size_name(size: float) -> str:
     """Bytes in words: `3.4 GB`, `120 MB`."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    if size >= 1e9:
+        return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.2g} MB"
 
 
 def time_name(seconds: float) -> str:
-    """Seconds in words: `0.3 s`, `4 min`, `2.5 h`."""
+    """Seconds in words: `0.34 s`, `12 s`, `4 min`, `2.5 h`."""
     if seconds < 90:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
@@ -84,11 +86,7 @@ def _verdict(found: Estimate) -> Text:
         return Text("It fits.", style=f"bold {POSITIVE}")
     text = Text("It does not fit: ", style=f"bold {NEGATIVE}")
     free = found.work.free + found.work.resident
-    return text.append(f"{size_name(found.peak)} at one time, {size_name(free)} are free. What makes it smaller:")
-
-
-def _would_fit(found: Estimate, size: float) -> bool:
-    return size - found.work.resident <= found.work.free
+    return text.append(f"{size_name(found.peak)} at one time, {size_name(free)} are free. One after the other:")
 
 
 def _notes(found: Estimate, left_out: tuple[str, ...]) -> Iterator[str]:

@@ -234,14 +234,11 @@ def test_a_model_larger_than_this_machine(tmp_path: Path) -> None:
     assert found.work.file_bytes > 6e11
     assert found.memory["base model"] > 7e9
     assert found.memory["graph"] > found.work.free
-    texts = [text for text, _ in found.advice]
-    assert texts[0] == "a pruned graph (no --unpruned)"
-    assert "a prompt half as long" in texts
-    assert texts[-1] == "all of these"
-    sizes = [size for _, size in found.advice]
-    assert sizes[:-1] == sorted(sizes[:-1])
-    assert max(sizes) < found.peak
-    assert sizes[-1] <= sizes[0]
+    texts, sizes = zip(*found.advice, strict=True)
+    assert texts[0] == "a pruned graph (without --unpruned)"
+    assert sizes[0] < 0.1 * found.peak
+    assert list(sizes) == sorted(sizes, reverse=True)
+    assert not any(found.would_fit(size) for size in sizes[:-1])  # no more than is needed
 
 
 def _with_hole(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -265,11 +262,13 @@ def test_advice_only_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(estimating, "_resident", lambda: 0)
     tight = estimate_headers(model, IDS, settings=settings)
     assert not tight.fits
-    assert tight.needed == tight.peak
+    assert tight.peak > 1000
     assert tight.advice
     assert not any("hops" in text or "max-targets" in text or "unpruned" in text for text, _ in tight.advice)
-    open_ended = estimate_headers(model, IDS)
-    assert any("--no-hops" in text for text, _ in open_ended.advice)
+    need = peak(memory(replace(tight.work, hops=True, max_targets=None)))
+    without = peak(memory(replace(tight.work, max_targets=None)))
+    monkeypatch.setattr(estimating, "free_memory", lambda device: int((need + without) / 2))
+    assert [text for text, _ in estimate_headers(model, IDS).advice] == ["no hop splits (--no-hops)"]
 
 
 def test_where_l0_is_from() -> None:
