@@ -7,8 +7,9 @@ formulas are in `circuits/estimating_costs.py`.
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ TRIED = 0.2  # seconds for which the machine's speed is measured
 FEWER, SMALLER = 512, 1000  # targets, and features of a graph, that are advised
 NOTABLE = 0.98  # of the peak, that is left by what is worth advising
 USUAL_RESIDENT = 450 * 2**20  # bytes of Python with torch and transformers
-Change = tuple[str, dict[str, Any]]  # in words, and the fields of `Work` that it changes
+Change = tuple[str, Callable[[Work], Work]]  # in words, and what it makes of a trace
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ def _work(headers: Model, prompt: Prompt, settings: TraceSettings, device: str, 
     values = len({site.layer for site in sites if site.name == "v"})
     files = [*base.files, *(file for one in headers.replacements for file in one.files)]
     return Work(
+        settings=settings,
         n=n,
         positions=n - prompt.first_is_special,
         n_layers=shape.n_layers,
@@ -202,18 +204,13 @@ def _work(headers: Model, prompt: Prompt, settings: TraceSettings, device: str, 
         errors=len(layers) + replaced + values + len(blocks),
         outputs=outputs,
         dictionaries=tuple(
-            tuple(_size(d, one, device) for d in dictionaries)
+            tuple(_size(d, one) for d in dictionaries)
             for dictionaries, one in zip(taking, headers.replacements, strict=True)
         ),
         file_bytes=sum(file.stat().st_size for file in files) + (0 if base.files else weight_bytes),
         resident=_resident() if device == "cpu" else 0,
         free=free_memory(device),
-        max_targets=settings.max_targets,
-        max_feature_nodes=settings.max_feature_nodes,
-        node_threshold=settings.node_threshold,
-        left_out=settings.left_out,
-        hops=settings.hops,
-        unpruned=settings.unpruned,
+        on_cpu=device == "cpu",
     )
 
 
@@ -222,7 +219,7 @@ def _inside(dictionary: Dictionary, blocks: set[int]) -> bool:
     return dictionary.read.site.name in ("attn_out", "z", "v", "resid_mid") and dictionary.layer in blocks
 
 
-def _size(dictionary: Dictionary, replacement: Replacement, device: str) -> DictionarySize:
+def _size(dictionary: Dictionary, replacement: Replacement) -> DictionarySize:
     l0, basis = l0_of(dictionary, replacement)
     encoder = dictionary.encoder
     moved, decoder = dictionary.moved_by, dictionary.decoders[dictionary.writes[0]]
@@ -240,7 +237,7 @@ def _size(dictionary: Dictionary, replacement: Replacement, device: str) -> Dict
         moving=moved.context_k if isinstance(moved, HeadLoading) else None,
         patterns=len(moved.W_q) if isinstance(moved, OwnAttention) else 0,
         encoder_held=dictionary.is_held,
-        encoder_mapped=isinstance(encoder, LazyTensor) and encoder.reads_as_stored and device == "cpu",
+        encoder_mapped=isinstance(encoder, LazyTensor) and encoder.reads_as_stored,
         decoder_held=isinstance(decoder.rows, HeldTensor),
     )
 
@@ -254,20 +251,23 @@ def _resident() -> int:
 
 
 def _advice(work: Work) -> tuple[tuple[str, float], ...]:
-    """Changes that make it fit, each on top of those before it: the most harmless first, and none that can be spared; all
-    that help where it never fits."""
+    """Changes that make it fit, each on top of those before it: the most harmless first, and none that can be spared.
+
+    All that help, where it never fits.
+    """
+    asked = work.settings
+    fewer, smaller = min(FEWER, asked.max_targets or FEWER), min(SMALLER, asked.max_feature_nodes or SMALLER)
     changes: tuple[Change, ...] = (
-        ("a pruned graph (without --unpruned)", {"unpruned": False}),
-        ("no hop splits (--no-hops)", {"hops": False}),
-        (f"a graph of fewer features (--max-feature-nodes {SMALLER})",
-         {"max_feature_nodes": min(SMALLER, work.max_feature_nodes or SMALLER)}),
-        ("weights in half precision (--dtype bfloat16)", {"weight_size": min(2, work.weight_size)}),
-        (f"fewer rows (--max-targets {FEWER})", {"max_targets": min(FEWER, work.max_targets or FEWER)}),
-        ("a prompt half as long", {"n": (work.n + 1) // 2, "positions": (work.positions + 1) // 2}),
-    )  # fmt: skip
+        ("a pruned graph (without --unpruned)", partial(_with, unpruned=False)),
+        ("no hop splits (--no-hops)", partial(_with, hops=False)),
+        (f"a graph of fewer features (--max-feature-nodes {smaller})", partial(_with, max_feature_nodes=smaller)),
+        ("weights in half precision (--dtype bfloat16)", partial(replace, weight_size=min(2, work.weight_size))),
+        (f"fewer rows (--max-targets {fewer})", partial(_with, max_targets=fewer)),
+        ("a prompt half as long", partial(replace, n=(work.n + 1) // 2, positions=(work.positions + 1) // 2)),
+    )
 
     def left(chosen: Sequence[Change]) -> float:
-        return peak(memory(replace(work, **{name: value for _, change in chosen for name, value in change.items()})))
+        return peak(memory(reduce(lambda smaller, change: change[1](smaller), chosen, work)))
 
     room, chosen = work.free + work.resident, list[Change]()
     for change in changes:
@@ -277,3 +277,7 @@ def _advice(work: Work) -> tuple[tuple[str, float], ...]:
         if left(others := [other for other in chosen if other is not change]) <= room:
             chosen = others
     return tuple((text, left(chosen[: i + 1])) for i, (text, _) in enumerate(chosen))
+
+
+def _with(work: Work, **settings: Any) -> Work:
+    return replace(work, settings=replace(work.settings, **settings))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import exp
 
 from circuits.hop_work import HOP_WORK
+from circuits.settings import TraceSettings
 
 FLOAT = 4  # bytes
 KEPT = 0.12  # of the features are in the pruned graph at the default threshold: at most (0.01 to 0.07 of trained ones)
@@ -43,7 +44,8 @@ class DictionarySize:
     patterns
         How many it has of its own.
     encoder_held, encoder_mapped, decoder_held
-        Some formats keep encoders and decoders in memory whatever the room; other encoders are used where they lie.
+        Some formats keep encoders and decoders in memory whatever the room; others have encoders that are used, on the
+        CPU, where they lie in their file.
     """
 
     name: str
@@ -96,16 +98,19 @@ class Work:
         Tokens, and those of them that have features and errors.
     parameters, weight_size
         Of the base model, and bytes of each.
-    live, replaced
-        Layers whose attention is frozen, and those where it is replaced. `errors` has one a position for each output.
+    live, errors
+        Layers whose attention is frozen, and error nodes of a position.
+    outputs
+        Output targets.
     dictionaries
         By replacement.
-    file_bytes, resident
-        Files that are read and hashed; bytes that the program itself has.
-    free
-        Bytes that can be had before anything is loaded.
+    file_bytes, resident, free
+        Of files that are read and hashed; that the program itself has; that can be had before anything is loaded.
+    on_cpu
+        Files that are mapped into memory count.
     """
 
+    settings: TraceSettings
     n: int
     positions: int
     n_layers: int
@@ -123,12 +128,7 @@ class Work:
     file_bytes: int
     resident: int
     free: int
-    max_targets: int | None = None
-    max_feature_nodes: int | None = None
-    node_threshold: float = DEFAULT_THRESHOLD
-    left_out: float = 1e-3
-    hops: bool = True
-    unpruned: bool = False
+    on_cpu: bool = True
 
     @property
     def every(self) -> tuple[DictionarySize, ...]:
@@ -147,27 +147,30 @@ class Work:
     @property
     def targets(self) -> float:
         """Rows at most: of features, or of as many as `max_targets` says, and of outputs."""
-        return min(self.features, self.max_targets or self.features) + self.outputs
-
-    @property
-    def expanded(self) -> float:
-        """Rows that are computed: not of all targets where some influence may be left out."""
-        return self.targets * (EXPANDED if self.left_out and not self.bounded and not self.unpruned else 1.0)
-
-    @property
-    def kept(self) -> float:
-        """Nodes of the graph at most. More are kept in proportion as less influence is left out."""
-        if self.unpruned:
-            return self.nodes + self.outputs
-        share = KEPT_OF_TARGETS * self.targets / self.features if self.bounded else KEPT
-        share *= (1.0 - DEFAULT_THRESHOLD) / max(1e-9, 1.0 - self.node_threshold)
-        features = min(self.targets - self.outputs, share * self.features, self.max_feature_nodes or self.features)
-        return features + self.n + self.outputs
+        bound = self.settings.max_targets if self.bounded else None
+        return (self.features if bound is None else bound) + self.outputs
 
     @property
     def bounded(self) -> bool:
         """Whether fewer rows are computed than there are features."""
-        return self.max_targets is not None and self.max_targets < self.features
+        bound = self.settings.max_targets
+        return bound is not None and bound < self.features and not self.settings.unpruned
+
+    @property
+    def expanded(self) -> float:
+        """Rows that are computed: not of all targets where some influence may be left out."""
+        everything = self.bounded or self.settings.unpruned or not self.settings.left_out
+        return self.targets * (1.0 if everything else EXPANDED)
+
+    @property
+    def kept(self) -> float:
+        """Nodes of the graph at most. More are kept in proportion as less influence is left out."""
+        if self.settings.unpruned:
+            return self.nodes + self.outputs
+        share = KEPT_OF_TARGETS * self.targets / self.features if self.bounded else KEPT
+        share *= (1.0 - DEFAULT_THRESHOLD) / max(1e-9, 1.0 - self.settings.node_threshold)
+        most = self.settings.max_feature_nodes or self.features
+        return min(self.targets - self.outputs, share * self.features, most) + self.n + self.outputs
 
     @property
     def pairs(self) -> float:
@@ -179,7 +182,7 @@ class Work:
     @property
     def split(self) -> float:
         """Edges that get hop splits at most: those through frozen attention, as many as `HOP_WORK` allows."""
-        if not self.hops or self.unpruned or not self.live:
+        if not self.settings.hops or self.settings.unpruned or not self.live:
             return 0.0
         return min(EDGES * self.kept**2, HOP_WORK / self.hop_work)
 
@@ -198,7 +201,8 @@ def held_encoders(work: Work) -> int:
     for sizes in work.dictionaries:
         budget = max(0, work.free - taken - total) // 2
         for size in sizes:
-            if size.encoder_held or (size.encoder_bytes <= budget and not size.encoder_mapped):
+            mapped = size.encoder_mapped and work.on_cpu
+            if size.encoder_held or (size.encoder_bytes <= budget and not mapped):
                 total += size.encoder_bytes
                 budget -= size.encoder_bytes
     return total
@@ -226,16 +230,17 @@ def memory(work: Work) -> dict[str, float]:
     written = sum(size.nodes(work.positions) * size.n_writes for size in everything)
     block = min(float(BLOCK), work.targets * work.nodes / (1 if work.live else n**2))
     rows = BLOCK_COPIES * block + (0.0 if work.live else 2.0 * work.nodes * d)
-    if work.bounded and not work.unpruned:
+    if work.bounded:
         rows += work.targets * work.nodes / 2
+    encoders = [size.encoder_bytes for size in everything if size.encoder_mapped and work.on_cpu]
     parts = {
-        "program": float(work.resident),
-        "base model": float(work.parameters * work.weight_size),
+        "program": work.resident,
+        "base model": work.parameters * work.weight_size,
         "attention weights": FLOAT * heads * work.d_head * d,
-        "encoders": float(held_encoders(work)),
+        "encoders": held_encoders(work),
         "recording": FLOAT * (work.n_layers * n * layer + own),
         "writers": FLOAT * d * (written + n + work.positions * work.errors),
-        "encoder files": max((size.encoder_bytes for size in everything if size.encoder_mapped), default=0),
+        "encoder files": max(encoders, default=0),
         "decoder files": _decoders(work),
         "logits": FLOAT * work.vocabulary * d * half,
         "rows": FLOAT * rows,
@@ -246,10 +251,13 @@ def memory(work: Work) -> dict[str, float]:
 
 
 def _decoders(work: Work) -> float:
-    """A file is let go when its last rows were read: of a dictionary with one write site before the next is read."""
-    bytes_of = [(size, size.decoder_bytes(work.positions)) for size in work.every]
-    stay = sum(taken for size, taken in bytes_of if size.n_writes > 1 or size.decoder_held)
-    return stay + max((taken for size, taken in bytes_of if size.n_writes == 1 and not size.decoder_held), default=0.0)
+    """Decoders that are held, and files, which are let go when their last rows were read: that of a dictionary with one
+    write site before the next is read."""
+    held = [size.decoder_bytes(work.positions) for size in work.every if size.decoder_held]
+    files = [size for size in work.every if work.on_cpu and not size.decoder_held]
+    several = [size.decoder_bytes(work.positions) for size in files if size.n_writes > 1]
+    single = [size.decoder_bytes(work.positions) for size in files if size.n_writes == 1]
+    return sum(held) + sum(several) + max(single, default=0.0)
 
 
 def peak(parts: dict[str, float]) -> float:
@@ -274,7 +282,7 @@ def operations(work: Work) -> dict[str, float]:
     reach = n if work.bounded else (n + 1) / 2
     layer = 2.0 * reach * d * (work.n_heads + work.n_kv_heads) * work.d_head
     meet = 2.0 * d * (work.nodes / 4 if work.live else work.nodes / n / 2)
-    again = 0.0 if work.bounded or work.unpruned else min(work.kept, work.expanded)
+    again = 0.0 if work.bounded or work.settings.unpruned else min(work.kept, work.expanded)
     return {
         "record and encode": 2.0 * n * work.parameters + encode,
         "rows": (work.expanded + again) * (max(work.live, 1) / 2 * layer + meet),

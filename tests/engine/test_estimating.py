@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,9 +29,15 @@ CASE = next((Path(__file__).parents[1] / "data" / "golden").iterdir())
 IDS = list(range(1, 9))
 CLT = DictionarySize("clt.0", "clt", n_features=1000, rank=1, d_read=10, d_write=10, n_writes=3, l0=20.0, basis="top-k")
 WORK = Work(
+    circuits.TraceSettings(),
     n=5, positions=4, n_layers=3, d_model=10, n_heads=4, n_kv_heads=2, d_head=6, vocabulary=50, parameters=7000,
     weight_size=4, live=3, errors=3, outputs=10, dictionaries=((CLT,),), file_bytes=10**6, resident=10**6, free=10**9,
 )  # fmt: skip
+
+
+def asking(work: Work = WORK, **settings: Any) -> Work:
+    """The same trace with other settings."""
+    return replace(work, settings=circuits.TraceSettings(**settings))
 
 
 def of_bytes(tensors: list[Tensor]) -> int:
@@ -81,16 +87,17 @@ def test_features_that_move_by_hand() -> None:
 
 def test_what_settings_change() -> None:
     """Fewer rows, no hops, a smaller graph, and a bound on its features; an unpruned graph keeps all."""
-    bounded = replace(WORK, max_targets=40)
+    bounded = asking(max_targets=40)
     assert (bounded.targets, bounded.expanded, bounded.bounded) == (50, 50, True)
     assert WORK.expanded == pytest.approx(0.8 * 90)
-    assert replace(WORK, left_out=0.0).expanded == 90
-    assert "hop splits" not in memory(replace(WORK, hops=False))
-    assert replace(WORK, max_feature_nodes=3).kept == 3 + 5 + 10
-    assert replace(WORK, node_threshold=0.9).kept == pytest.approx(2 * 0.12 * 80 + 15)
-    assert replace(WORK, node_threshold=1.0).kept == 80 + 15
-    unpruned = replace(WORK, unpruned=True)
+    assert asking(left_out=0.0).expanded == 90
+    assert "hop splits" not in memory(asking(hops=False))
+    assert asking(max_feature_nodes=3).kept == 3 + 5 + 10
+    assert asking(node_threshold=0.9).kept == pytest.approx(2 * 0.12 * 80 + 15)
+    assert asking(node_threshold=1.0).kept == 80 + 15
+    unpruned = asking(unpruned=True)
     assert (unpruned.kept, unpruned.split) == (97 + 10, 0)
+    assert asking(unpruned=True, max_targets=40).targets == 90  # which an unpruned trace computes all the same
     assert memory(unpruned)["graph"] == 40 * 107**2 / 2
     long = replace(WORK, n=100_000, positions=99_999)
     assert 0 < long.split < 0.13 * long.kept**2  # hop splits have a bound of their own
@@ -106,11 +113,15 @@ def test_encoders_that_do_not_fit_stay_in_their_files() -> None:
     mapped = replace(WORK, dictionaries=((replace(CLT, encoder_mapped=True), CLT),))
     assert held_encoders(mapped) == 40_000
     assert memory(mapped)["encoder files"] == 40_000
+    on_card = replace(mapped, on_cpu=False)
+    assert held_encoders(on_card) == 80_000
+    assert not {"encoder files", "decoder files"} & set(memory(on_card))
+    assert memory(replace(on_card, dictionaries=((replace(CLT, decoder_held=True),),)))["decoder files"] == 120_000
 
 
 def test_time_by_hand() -> None:
     """Each step is its work over the speed of this machine."""
-    work = replace(WORK, hops=False)
+    work = asking(hops=False)
     found = seconds(work, Speeds(matrix=1e6, search=2e6, hashing=1e9))
     products = 3 / 2 * 2 * 3 * 10 * (4 + 2) * 6 + 2 * 10 * 97 / 4  # a row's: through the heads, then with the writers
     assert found["rows"] == pytest.approx((72 + work.kept) * products / 2e6)
@@ -265,8 +276,8 @@ def test_advice_only_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
     assert tight.peak > 1000
     assert tight.advice
     assert not any("hops" in text or "max-targets" in text or "unpruned" in text for text, _ in tight.advice)
-    need = peak(memory(replace(tight.work, hops=True, max_targets=None)))
-    without = peak(memory(replace(tight.work, max_targets=None)))
+    need = peak(memory(asking(tight.work)))
+    without = peak(memory(asking(tight.work, hops=False)))
     monkeypatch.setattr(estimating, "free_memory", lambda device: int((need + without) / 2))
     assert [text for text, _ in estimate_headers(model, IDS).advice] == ["no hop splits (--no-hops)"]
 
