@@ -17,7 +17,7 @@ import torch
 
 from circuits.base_models import check_device
 from circuits.errors import CircuitsError
-from circuits.estimating_costs import DictionarySize, Speeds, Work, memory, peak, seconds
+from circuits.estimating_costs import Costs, DictionarySize, Speeds, Work, costs, peak
 from circuits.headers import load_headers
 from circuits.kernels.backend import matmul, products_of
 from circuits.linearize import write_depth
@@ -35,7 +35,7 @@ ASSUMED = 100.0  # active features of a dictionary at a position where nothing s
 ASSUMED_BASIS = "assumed"
 TRIED = 0.2  # seconds for which the machine's speed is measured
 FEWER, SMALLER = 512, 1000  # targets, and features of a graph, that are advised
-NOTABLE = 0.98  # of the peak, that is left by what is worth advising
+NOTABLE = 0.98  # of what is needed, that is left by what is worth advising
 USUAL_RESIDENT = 450 * 2**20  # bytes of Python with torch and transformers
 Change = tuple[str, Callable[[Work], Work]]  # in words, and what it makes of a trace
 
@@ -44,36 +44,38 @@ Change = tuple[str, Callable[[Work], Work]]  # in words, and what it makes of a 
 class Estimate:
     """What a trace is expected to take.
 
+    How large a graph will be is not known before: trained dictionaries have less influence scattered than random ones.
+
     work
         Its sizes: `work.nodes`, `work.targets` (at most: those without influence are left out), `work.every`.
-    memory, seconds
-        Bytes and seconds by part; `peak` is the most memory at one time.
+    usual, most
+        Memory and time, where the graph is of the size that trained dictionaries give, and where it is as large as that
+        of random ones.
     advice
-        What makes it smaller, one change on top of the other, and to how many bytes of `peak`; empty where it fits.
+        Changes, each on top of those before it, and the peak that they leave, in bytes: until it fits.
     """
 
     model: str
     device: str
     work: Work
-    memory: dict[str, float]
-    seconds: dict[str, float]
+    usual: Costs
+    most: Costs
     advice: tuple[tuple[str, float], ...] = ()
 
     @property
-    def peak(self) -> float:
-        return peak(self.memory)
+    def room(self) -> int:
+        """Bytes that there are: what is free, and what the program has already."""
+        return self.work.free + self.work.resident
 
     @property
     def fits(self) -> bool:
-        return self.would_fit(self.peak)
-
-    def would_fit(self, size: float) -> bool:
-        """Whether there is room for a peak of so many bytes; the program has its own already."""
-        return size - self.work.resident <= self.work.free
+        """Whether there is room however large the graph."""
+        return self.most.peak <= self.room
 
     @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
+    def should_fit(self) -> bool:
+        """Whether there is room for the usual graph."""
+        return self.usual.peak <= self.room
 
 
 def estimate(
@@ -103,7 +105,7 @@ def estimate(
     Example
     -------
     >>> found = circuits.estimate("gpt2", "The capital of France is", replacement="path/to/transcoders")
-    >>> found.work.nodes, found.peak, found.total_seconds, found.fits
+    >>> found.work.nodes, found.usual.peak, found.usual.total_seconds, found.fits
     """
     check_device(device)
     start = time.perf_counter()
@@ -128,11 +130,11 @@ def estimate_headers(
     outputs = sum(AUTOMATIC_COUNT if isinstance(target, TopTokens) else 1 for target in targets or [TopTokens()])
     settings = settings or TraceSettings()
     work = _work(headers, prepared, settings, device, outputs)
+    before = {"imports, configurations": started} if started else {}
     speeds = Speeds(matrix_speed(device), matrix_speed(device, settings.products), hash_speed())
-    steps = {"imports, configurations": started} if started else {}
-    steps |= seconds(work, speeds)
-    found = Estimate(headers.base.name, device, work, memory(work), steps)
-    return found if found.fits else replace(found, advice=_advice(work))
+    usual, most = (costs(sized, speeds, before) for sized in (work, replace(work, largest=True)))
+    found = Estimate(headers.base.name, device, work, usual, most)
+    return replace(found, advice=_advice(replace(work, largest=found.should_fit), found.room))
 
 
 def l0_of(dictionary: Dictionary, replacement: Replacement) -> tuple[float, str]:
@@ -250,7 +252,7 @@ def _resident() -> int:
         return USUAL_RESIDENT
 
 
-def _advice(work: Work) -> tuple[tuple[str, float], ...]:
+def _advice(work: Work, room: int) -> tuple[tuple[str, float], ...]:
     """Changes that make it fit, each on top of those before it: the most harmless first, and none that can be spared.
 
     All that help, where it never fits.
@@ -267,11 +269,12 @@ def _advice(work: Work) -> tuple[tuple[str, float], ...]:
     )
 
     def left(chosen: Sequence[Change]) -> float:
-        return peak(memory(reduce(lambda smaller, change: change[1](smaller), chosen, work)))
+        return peak(reduce(lambda smaller, change: change[1](smaller), chosen, work))
 
-    room, chosen = work.free + work.resident, list[Change]()
+    chosen: list[Change] = []
     for change in changes:
-        if left(chosen) > room and left([*chosen, change]) < NOTABLE * left(chosen):
+        now, then = (left(some) - work.resident for some in (chosen, [*chosen, change]))
+        if now > room - work.resident and then < NOTABLE * now:
             chosen.append(change)
     for change in chosen[:-1]:
         if left(others := [other for other in chosen if other is not change]) <= room:

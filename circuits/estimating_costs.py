@@ -9,14 +9,15 @@ far the formulas are off.
 """
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, sqrt
 
 from circuits.hop_work import HOP_WORK
 from circuits.settings import TraceSettings
 
 FLOAT = 4  # bytes
-KEPT = 0.12  # of the features are in the pruned graph at the default threshold: at most (0.01 to 0.07 of trained ones)
-KEPT_OF_TARGETS = 0.8  # the same of those that --max-targets allows (0.5 to 0.8)
+USUAL = 2.5  # a graph's features over the root of those that are active (1.1 to 3.7 of trained dictionaries)
+KEPT = 0.12  # of the active features are in the largest graph at the default threshold (0.08 to 0.13 of random ones)
+KEPT_OF_TARGETS = 0.8  # the same of those that --max-targets allows (0.5 to 0.8 of random ones)
 DEFAULT_THRESHOLD = 0.8  # of nodes, at which these were measured
 EXPANDED = 0.8  # of the targets get a row where some influence may be left out (0.7 to 0.8)
 EDGES = 0.13  # of the pairs of nodes of a pruned graph are edges (0.06 to 0.17)
@@ -108,6 +109,8 @@ class Work:
         Of files that are read and hashed; that the program itself has; that can be had before anything is loaded.
     on_cpu
         Files that are mapped into memory count.
+    largest
+        The graph is as large as it gets, with random dictionaries; else as trained ones make it.
     """
 
     settings: TraceSettings
@@ -129,6 +132,7 @@ class Work:
     resident: int
     free: int
     on_cpu: bool = True
+    largest: bool = False
 
     @property
     def every(self) -> tuple[DictionarySize, ...]:
@@ -164,13 +168,14 @@ class Work:
 
     @property
     def kept(self) -> float:
-        """Nodes of the graph at most. More are kept in proportion as less influence is left out."""
+        """Nodes of the graph. More are kept in proportion as less influence is left out."""
         if self.settings.unpruned:
             return self.nodes + self.outputs
-        share = KEPT_OF_TARGETS * self.targets / self.features if self.bounded else KEPT
-        share *= (1.0 - DEFAULT_THRESHOLD) / max(1e-9, 1.0 - self.settings.node_threshold)
-        most = self.settings.max_feature_nodes or self.features
-        return min(self.targets - self.outputs, share * self.features, most) + self.n + self.outputs
+        most = (KEPT_OF_TARGETS if self.bounded else KEPT) * (self.targets - self.outputs)
+        found = most if self.largest else min(most, USUAL * sqrt(self.features))
+        found *= (1.0 - DEFAULT_THRESHOLD) / max(1e-9, 1.0 - self.settings.node_threshold)
+        found = min(found, self.targets - self.outputs, self.settings.max_feature_nodes or found)
+        return found + self.n + self.outputs
 
     @property
     def pairs(self) -> float:
@@ -181,7 +186,7 @@ class Work:
 
     @property
     def split(self) -> float:
-        """Edges that get hop splits at most: those through frozen attention, as many as `HOP_WORK` allows."""
+        """Edges that get hop splits: those through frozen attention, as many as `HOP_WORK` allows."""
         if not self.settings.hops or self.settings.unpruned or not self.live:
             return 0.0
         return min(EDGES * self.kept**2, HOP_WORK / self.hop_work)
@@ -209,7 +214,7 @@ def held_encoders(work: Work) -> int:
 
 
 def memory(work: Work) -> dict[str, float]:
-    """Bytes by part. Those of `PASSING`, and what comes after them, are not there at one time: see `peak`.
+    """Bytes by part. Those of `PASSING`, and what comes after them, are not there at one time: see `Costs.peak`.
 
     - attention weights: those of values, behind their norm, of live layers; where weights are not stored in float32,
       also what stands in float32 beside them, (H + K) D E of each layer
@@ -260,13 +265,6 @@ def _decoders(work: Work) -> float:
     return sum(held) + sum(several) + max(single, default=0.0)
 
 
-def peak(parts: dict[str, float]) -> float:
-    """The largest sum at one time: what passes is let go before rows are made."""
-    passing = [parts.get(name, 0.0) for name in PASSING]
-    late = sum(parts.get(name, 0.0) for name in ("rows", "graph", "hop splits"))
-    return sum(parts.values()) - sum(passing) - late + max(*passing, late)
-
-
 def operations(work: Work) -> dict[str, float]:
     """Floating point operations by step.
 
@@ -311,3 +309,32 @@ def seconds(work: Work, speeds: Speeds) -> dict[str, float]:
         "the rest": SETTLED + PAIR_SECONDS * work.pairs,
     }
     return {name: length for name, length in found.items() if length}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes and seconds by part."""
+
+    memory: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """The most bytes at one time: what passes is let go before rows are made."""
+        passing = [self.memory.get(name, 0.0) for name in PASSING]
+        late = sum(self.memory.get(name, 0.0) for name in ("rows", "graph", "hop splits"))
+        return sum(self.memory.values()) - sum(passing) - late + max(*passing, late)
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def costs(work: Work, speeds: Speeds, before: dict[str, float] | None = None) -> Costs:
+    """What a trace of these sizes costs; `before` are seconds of steps that come first."""
+    return Costs(memory(work), (before or {}) | seconds(work, speeds))
+
+
+def peak(work: Work) -> float:
+    """The most bytes that it has at one time."""
+    return Costs(memory(work), {}).peak

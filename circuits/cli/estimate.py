@@ -1,6 +1,6 @@
 """What `circuits trace --estimate` prints: nodes, memory, time, and what to do where it does not fit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from rich.table import Table
@@ -18,7 +18,7 @@ def show_estimate(found: Estimate, left_out: tuple[str, ...] = ()) -> None:
         console.print()
     console.print(_verdict(found))
     for text, size in found.advice:
-        console.print(f"  {text}: {size_name(size)}", style=POSITIVE if found.would_fit(size) else QUIET)
+        console.print(f"  {text}: {size_name(size)}", style=POSITIVE if size <= found.room else QUIET)
     for note in _notes(found, left_out):
         console.print(note, style=QUIET)
 
@@ -65,28 +65,36 @@ def _alike(sizes: tuple[DictionarySize, ...]) -> Iterator[list[DictionarySize]]:
 
 
 def _memory(found: Estimate) -> Table:
-    table = new_table(f"Memory on {found.device}", "part", "size>")
-    for name, size in found.memory.items():
-        table.add_row(name, size_name(size))
-    table.add_row("most at one time", size_name(found.peak), style="bold")
-    table.add_row("free, with what the program has", size_name(found.work.free + found.work.resident))
+    usual, most = found.usual, found.most
+    table = _costs(f"Memory on {found.device}", usual.memory, most.memory, size_name)
+    table.add_row("at one time", size_name(usual.peak), size_name(most.peak), style="bold")
+    table.add_row("there is", size_name(found.room), "")
     return table
 
 
 def _time(found: Estimate) -> Table:
-    table = new_table("Time", "step", "time>")
-    for name, seconds in found.seconds.items():
-        table.add_row(name, time_name(seconds))
-    table.add_row("in all", time_name(found.total_seconds), style="bold")
+    usual, most = found.usual, found.most
+    table = _costs("Time", usual.seconds, most.seconds, time_name)
+    table.add_row("in all", time_name(usual.total_seconds), time_name(most.total_seconds), style="bold")
+    return table
+
+
+def _costs(title: str, usual: dict[str, float], most: dict[str, float], name: Callable[[float], str]) -> Table:
+    table = new_table(title, "part", "usual>", "at most>")
+    for part, value in usual.items():
+        table.add_row(part, name(value), "" if most[part] == value else name(most[part]))
     return table
 
 
 def _verdict(found: Estimate) -> Text:
     if found.fits:
         return Text("It fits.", style=f"bold {POSITIVE}")
-    text = Text("It does not fit: ", style=f"bold {NEGATIVE}")
-    free = found.work.free + found.work.resident
-    return text.append(f"{size_name(found.peak)} at one time, {size_name(free)} are free. One after the other:")
+    if found.should_fit:
+        text = Text("It fits if the graph is no larger than usual. ", style=f"bold {POSITIVE}")
+        return text.append("What makes sure, one after the other:", style="not bold default")
+    text = Text("It does not fit. ", style=f"bold {NEGATIVE}")
+    what = "What makes it smaller, one after the other:" if found.advice else "Nothing makes it much smaller."
+    return text.append(what, style="not bold default")
 
 
 def _notes(found: Estimate, left_out: tuple[str, ...]) -> Iterator[str]:
