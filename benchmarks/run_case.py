@@ -4,7 +4,7 @@ python benchmarks/run_case.py --case DIR --tokens 16 --max-targets 512 [--out OU
 
 Times in seconds: `attribute_s` from the token ids to the rows and influences (recording, encoding, ranking and rows;
 what circuit-tracer's `attribute` does), `graph_s` the same to the pruned graph, without hop splits. Memory is the peak
-of the resident set, in GiB, as circuit-tracer's runner reports it.
+of the resident set, in GiB, as circuit-tracer's runner reports it: of the attribution, and of all to the graph (`end`).
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 import circuits  # noqa: E402
 from circuits.best_first import BestFirst  # noqa: E402
+from circuits.kernels.backend import products_of  # noqa: E402
 from circuits.prompt import prepare  # noqa: E402
 from circuits.sweep import Sweep, Swept  # noqa: E402
 from circuits.targets import TopTokens  # noqa: E402
@@ -36,6 +37,7 @@ def peak() -> float:
 def attribute(model: circuits.Model, ids: list[int], args: argparse.Namespace) -> tuple[Sweep, Swept]:
     """Record, encode, rank and compute rows."""
     sweep = lay_out(model, prepare(model.base, ids), [TopTokens()])
+    sweep.linear.products = products_of(args.products)
     if args.max_targets is None:
         return sweep, sweep.run(args.left_out)
     return sweep, BestFirst(sweep).run(args.max_targets)
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--max-targets", type=int)
     parser.add_argument("--left-out", type=float, default=1e-3)
+    parser.add_argument("--products", default="float32", help="float32 or bfloat16, of the search")
     parser.add_argument("--replacement", action="append", default=[], help="further replacements, for attention")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1)
@@ -103,6 +106,7 @@ def main() -> None:
         begin = time.perf_counter()
         graph = circuits.trace(model, ids, settings=settings)
         report |= {"graph_s": time.perf_counter() - begin, "nodes": len(graph.nodes), "edges": len(graph.edges)}
+        report["peak_rss_end_gib"] = peak()
     if args.out is not None:
         wanted = None
         if args.features is not None:
