@@ -11,6 +11,7 @@ if (_checkout := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml")
 
 if TYPE_CHECKING:
     from circuits.errors import CircuitsError
+    from circuits.estimating import Estimate, estimate
     from circuits.explaining import Explanation, explain
     from circuits.generation import GeneratedText, generate
     from circuits.graph import Graph, GraphError
@@ -30,6 +31,7 @@ __all__ = [
     "Change",
     "CircuitsError",
     "Direction",
+    "Estimate",
     "Explanation",
     "FeatureTarget",
     "GeneratedText",
@@ -44,6 +46,7 @@ __all__ = [
     "TopTokens",
     "TraceSettings",
     "__version__",
+    "estimate",
     "explain",
     "generate",
     "intervene",
@@ -59,6 +62,7 @@ _HOMES = {
     "Change": "circuits.interventions",
     "CircuitsError": "circuits.errors",
     "Direction": "circuits.targets",
+    "Estimate": "circuits.estimating",
     "Explanation": "circuits.explaining",
     "FeatureTarget": "circuits.targets",
     "GeneratedText": "circuits.generation",
@@ -72,6 +76,7 @@ _HOMES = {
     "TokenTarget": "circuits.targets",
     "TopTokens": "circuits.targets",
     "TraceSettings": "circuits.settings",
+    "estimate": "circuits.estimating",
     "explain": "circuits.explaining",
     "generate": "circuits.generation",
     "intervene": "circuits.interventions",

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from circuits.base_models import load_base_model
 from circuits.errors import CircuitsError
 from circuits.graph import Graph
 from circuits.hub import model_folder, name_of, replacement_folder
 from circuits.linearize import check_replacements
-from circuits.model import BaseModel, load_base_model
+from circuits.model import BaseModel
 from circuits.offload import keep_freed_memory
 from circuits.processing import undo
 from circuits.replacements.dictionary import Replacement
@@ -79,23 +80,38 @@ def load(
         With what is wrong, in which file, and what to do.
     """
     keep_freed_memory()
+    found = find(model, replacement)
+    base = load_base_model(found.model, device=device, dtype=dtype)
+    base.name = found.name or base.name
+    replacements = tuple(load_replacement(path, device, memory) for path in found.replacements)
+    for one in replacements:
+        if one.name == one.path.name:  # in the hub's cache that is a commit
+            one.name = name_of(one.path) or one.name
+    replacements = tuple(undo(base, one) for one in replacements)
+    check_replacements(base, replacements)
+    return Model(base, replacements, _load_qk(base, found.qk, model is None))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a model, its replacements and QK diagonalizations lie. `name` is the model's, if its folder has another."""
+
+    model: str | Path
+    name: str | None
+    replacements: tuple[Path, ...]
+    qk: tuple[Path, ...]
+
+
+def find(model: str | Path | None, replacement: str | Path | Sequence[str | Path] | None) -> Found:
+    """What the names given to `load` stand for; replacements of the hub are downloaded."""
     folder = _embedded("model") if model is None else model_folder(model)
-    base = load_base_model(folder, device=device, dtype=dtype)
-    if model is None:
-        base.name = EMBEDDED_MODEL
-    elif folder != model:
-        base.name = str(model)
+    name = EMBEDDED_MODEL if model is None else str(model) if folder != model else None
     if replacement is None:
         replacement = [] if model is not None else "attention-sae"
     given = [replacement] if isinstance(replacement, str | Path) else replacement
     paths = [path for one in given for path in _paths(one, embedded=model is None)]
-    replacements = tuple(load_replacement(path, device, memory) for path in paths if not qk_format.is_qk(path))
-    for found in replacements:
-        if found.name == found.path.name:  # in the hub's cache that is a commit
-            found.name = name_of(found.path) or found.name
-    replacements = tuple(undo(base, found) for found in replacements)
-    check_replacements(base, replacements)
-    return Model(base, replacements, _load_qk(base, [path for path in paths if qk_format.is_qk(path)], model is None))
+    qk = tuple(path for path in paths if qk_format.is_qk(path))
+    return Found(folder, name, tuple(path for path in paths if path not in qk), qk)
 
 
 def _load_qk(base: BaseModel, paths: Sequence[Path], embedded: bool) -> QKReplacement | None:

@@ -11,9 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from circuits.errors import CircuitsError
 from circuits.families import (
-    TEXT_MODELS,
     Family,
     Passing,
     family_of,
@@ -288,84 +286,3 @@ class BaseModel:
                 digest.update(f"{name}{tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().float().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None = None) -> BaseModel:
-    """Load a local folder or a hub id with eager attention, in the stored dtype unless another is asked for.
-
-    Raises
-    ------
-    CircuitsError
-        When the folder is missing or incomplete, a weight file is damaged, or the family is not known.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if dtype is not None and dtype not in DTYPES:
-        raise CircuitsError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise CircuitsError(f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise CircuitsError(f"{name}: no model could be read there: {_first_line(error)}") from error
-    family_of(config.model_type, str(name))
-    lm: nn.Module
-    report: dict[str, Any]
-    try:
-        lm, report = cast(Any, AutoModelForCausalLM).from_pretrained(
-            name,
-            attn_implementation="eager",
-            dtype=DTYPES.get(dtype or "", "auto"),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with names and shapes
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CircuitsError(f"{name}: the model's weights could not be read: {_first_line(error)}") from error
-    if missing := sorted(map(str, report.get("missing_keys", ()))):
-        raise CircuitsError(f"{name}: tensors missing from the weights: {', '.join(missing[:5])}")
-    for key, actual, expected in sorted(report.get("mismatched_keys", ()))[:1]:
-        raise CircuitsError(
-            f"{name}: tensor {key} has shape {tuple(actual)}, but the configuration asks for {tuple(expected)}; "
-            "the weights and config.json do not belong together"
-        )
-    for key, tensor in lm.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise CircuitsError(
-                f"{name}: tensor {key} holds NaN or infinite values; the file is damaged or half-trained"
-            )
-    if config.model_type in TEXT_MODELS:
-        lm = _text_model(lm)
-    shown = Path(name).resolve().name if Path(name).is_dir() else str(name)
-    return BaseModel(lm.to(device), load_tokenizer(name), shown, _weight_files(name))
-
-
-def _text_model(lm: Any) -> nn.Module:
-    """The text model of a Gemma 3 with vision, as transformers would have loaded it alone."""
-    from transformers import Gemma3ForCausalLM
-
-    with torch.device("meta"):
-        text = Gemma3ForCausalLM(lm.config.text_config)
-    text.model, text.lm_head = lm.model.language_model, lm.lm_head
-    return cast(nn.Module, text)
-
-
-def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a folder or hub id, or None when it has none (prompts are then given as token ids)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _weight_files(name: str | Path) -> list[Path]:
-    from transformers.utils.hub import cached_file
-
-    folder = Path(str(cached_file(str(name), "config.json"))).parent
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

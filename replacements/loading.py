@@ -5,7 +5,7 @@ An adapter is a module with
     NAME                       the format, as `Replacement.format` and messages say it
     LOOKED_FOR                 what tells it, in a few words, for the message when nothing is recognised
     recognises(path) -> bool   by the content of the directory; reads headers and configurations only, and never raises
-    load(path, device)         the `Replacement`, or a `ReplacementError`
+    load(path, device)         the `Replacement`, or a `ReplacementError`; on torch's device "meta" no weight is read
 """
 
 from importlib import import_module

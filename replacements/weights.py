@@ -7,7 +7,7 @@ prompt. Nothing is unpickled.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -63,6 +63,9 @@ class LazyTensor:
         The file's name of the type: "F32", "F16", "BF16", ...
     offset
         Where the tensor's first byte is, counted from the start of the file.
+    is_meta
+        Nothing is read: what is given is on torch's device "meta" and has a shape, but no content. A single number is
+        read all the same: it is a setting and no weight.
     """
 
     path: Path
@@ -70,6 +73,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    is_meta: bool = False
 
     def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         """The rows `index` (n,), in that order, repeats allowed.
@@ -89,6 +93,8 @@ class LazyTensor:
                 f"{self.path}: row {bad} of tensor {self.name!r} was asked for, which has {self.shape[0]} rows"
             )
         tail = self.shape[1:] if column is None else self.shape[2:]
+        if self.is_meta:
+            return torch.empty((len(rows), *tail), device="meta")
         if not len(rows) or 0 in self.shape:
             return torch.zeros((len(rows), *tail))
         stored = self.stored()
@@ -114,6 +120,8 @@ class LazyTensor:
         if 0 in self.shape:
             return torch.zeros(self.shape)
         self._check_type()
+        if self.is_meta and prod(self.shape) > 1:
+            return torch.empty(self.shape, device="meta")
         bits = np.fromfile(self.path, np.uint8, count=prod(self.shape) * self.itemsize, offset=self.offset)
         return self.checked(torch.from_numpy(bits).view(FLOATS[self.dtype]).view(self.shape).float())
 
@@ -125,6 +133,8 @@ class LazyTensor:
     def stored(self) -> Tensor:
         """The tensor as it lies in its file, mapped into memory."""
         self._check_type()
+        if self.is_meta:
+            return torch.empty(self.shape, dtype=FLOATS[self.dtype], device="meta")
         file = self.path.stat()
         return _mapped(self.path, (file.st_ino, file.st_mtime_ns, file.st_size), self.dtype, self.shape, self.offset)
 
@@ -137,6 +147,8 @@ class LazyTensor:
 
     def checked(self, values: Tensor) -> Tensor:
         """The values that were read, if all are finite."""
+        if values.is_meta:
+            return values
         # A sum is finite only if all terms are; large ones may overflow it, so the terms then decide.
         if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             raise ReplacementError(
@@ -181,8 +193,11 @@ class HeldTensor:
         return self.tensor.float()
 
 
-def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
+def open_safetensors(path: Path | str, *, is_meta: bool = False) -> dict[str, LazyTensor]:
     """Read the header of a safetensors file and check that the file is as long as the header says.
+
+    is_meta
+        Nothing but the header is ever read: see `LazyTensor`.
 
     Raises
     ------
@@ -200,7 +215,7 @@ def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
         if name == "__metadata__":
             continue
         tensor, end = _read_entry(path, name, entry, start)
-        tensors[name] = tensor
+        tensors[name] = replace(tensor, is_meta=is_meta)
         end_of_data = max(end_of_data, end)
     if start + end_of_data != size:
         what = "is truncated" if start + end_of_data > size else "has bytes that its header does not know"

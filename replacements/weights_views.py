@@ -159,6 +159,8 @@ def _columns(lazy: LazyTensor, index: Tensor) -> Tensor:
         raise ReplacementError(
             f"{lazy.path}: column {last - 1} of tensor {lazy.name!r} was asked for, which has {lazy.shape[1]} columns"
         )
+    if lazy.is_meta:
+        return torch.empty(len(index), lazy.shape[0], device="meta")
     stored = lazy.stored()
     near = last - first == len(index)
     chosen = stored[:, first:last] if near else stored.index_select(1, index.cpu())

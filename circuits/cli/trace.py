@@ -53,6 +53,7 @@ class _Wanted:
 @click.option("--explain", is_flag=True, help="Explain why the heads that carry the edges looked where they did.")
 @click.option("--verify", type=click.IntRange(min=0),
               help="Ablate so many of the strongest nodes, and compare with the prediction; 0: all.")  # fmt: skip
+@click.option("--estimate", is_flag=True, help="Say what it would take, load no weights, write nothing.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
 )
@@ -79,6 +80,9 @@ def command(**options: Any) -> None:
     wanted = _Wanted(**{name: options[name] for name in _Wanted.__dataclass_fields__})
     if sum(source is not None for source in (wanted.prompt, wanted.token_ids, wanted.prompt_file)) != 1:
         raise click.UsageError("give the prompt once: as PROMPT, --token-ids or --prompt-file")
+    if options["estimate"]:
+        _estimate(wanted, settings, options)
+        return
     output: Path | None = options["output"]
     if output is not None:
         _make_folder(output)
@@ -111,6 +115,25 @@ def command(**options: Any) -> None:
             show_verification(graph)
         if output is not None:
             console.print(f"wrote {', '.join(str(output / f'graph.{suffix}') for suffix in formats)}")
+
+
+def _estimate(wanted: _Wanted, settings: TraceSettings, options: dict[str, Any]) -> None:
+    from time import perf_counter
+
+    from circuits.base_models import check_device
+    from circuits.cli.estimate import show_estimate
+    from circuits.estimating import estimate_headers
+    from circuits.headers import load_headers
+
+    quiet_libraries()
+    check_device(options["device"])
+    start = perf_counter()
+    model = load_headers(options["model"], options["replacements"] or None, dtype=options["dtype"])
+    started = perf_counter() - start
+    prompt, targets = _prompt(model, wanted), _targets(model, wanted)
+    found = estimate_headers(model, prompt, targets, settings, device=options["device"], started=started)
+    asked = {"--explain": options["explain"], "--verify": options["verify"] is not None}
+    show_estimate(found, tuple(name for name, wanted in asked.items() if wanted))
 
 
 def quiet_libraries() -> None:

@@ -41,9 +41,9 @@ for _kind in KINDS:
 
 
 def _train(kind: str, options: dict[str, Any]) -> None:
+    from circuits.base_models import load_base_model
     from circuits.cli.console import console, progress_bar
     from circuits.cli.trace import quiet_libraries
-    from circuits.model import load_base_model
     from circuits.replacements.parallel import started
     from circuits.replacements.training import Reports
     from circuits.training import Watch, set_threads, train_replacement

@@ -89,7 +89,7 @@ class _Coder:
         """`in_norm` or `out_norm` over sqrt(D); 1 without `normalize_io`."""
         if not self.config.get("normalize_io"):
             return 1.0
-        return float(self.tensors.whole(name, (1,))) / sqrt(self.shape[1])
+        return self.tensors.number(name, (1,)) / sqrt(self.shape[1])
 
 
 def recognises(path: Path) -> bool:
@@ -266,7 +266,7 @@ def _skip(coder: _Coder) -> Tensor | None:
         return tensors.whole("W_skip", shape)
     for number in range(1, coder.n_targets):
         name = coder.named("W_skip", number)
-        if tensors.whole(name, shape).any():
+        if not tensors.is_zero(name, shape):
             raise ReplacementError(
                 f"{tensors.path}: tensor {name!r} is not zero: a skip connection to another layer cannot be expressed"
             )
@@ -277,7 +277,7 @@ def _after_encoder(coder: _Coder, number: int) -> Tensor | float:
     """What activations are multiplied by before they are decoded for a target, (F,) or 1."""
     tensors, (n_features, _) = coder.tensors, coder.shape
     name = coder.named("post_enc", number)
-    if name in tensors and tensors.whole(name, (n_features,)).any():
+    if name in tensors and not tensors.is_zero(name, (n_features,)):
         raise ReplacementError(
             f"{tensors.path}: tensor {name!r} is not zero: with a bias behind the encoder what a feature writes is no "
             "multiple of its activation, which cannot be expressed; train with train_post_encoder=False"

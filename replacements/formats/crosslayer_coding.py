@@ -76,10 +76,15 @@ SKIP = "a skip connection from a layer to others cannot be expressed"
 
 @dataclass(frozen=True, eq=False)
 class _Scale:
-    """How activations of one layer were normalised on one side: (x - mean) / std, (D,) each."""
+    """How activations of one layer were normalised on one side: (x - mean) / std, (D,) each.
+
+    shifts
+        Whether the mean is not zero.
+    """
 
     mean: Tensor
     std: Tensor
+    shifts: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +228,7 @@ def _scales(path: Path, checkpoint: _Checkpoint, device: str) -> tuple[tuple[Pat
             f"{checkpoint.file}: normalization_method {method!r} cannot be expressed; expected none or mean_std"
         )
     if method == "none":
-        same = _Scale(torch.zeros(width, device=device), torch.ones(width, device=device))
+        same = _Scale(torch.zeros(width, device=device), torch.ones(width, device=device), shifts=False)
         return (), [{"inputs": same, "targets": same}] * n_layers
     file = next((folder / STATISTICS for folder in (path, path.parent) if (folder / STATISTICS).is_file()), None)
     if file is None:
@@ -246,12 +251,12 @@ def _scales(path: Path, checkpoint: _Checkpoint, device: str) -> tuple[tuple[Pat
 
 
 def _scale(values: dict[str, Any], width: int, device: str) -> _Scale:
-    mean, std = (torch.tensor(values[name], dtype=torch.float32, device=device) for name in ("mean", "std"))
+    mean, std = (torch.tensor(values[name], dtype=torch.float32) for name in ("mean", "std"))
     if mean.shape != (width,) or std.shape != (width,):
         raise ValueError(f"shapes {tuple(mean.shape)} and {tuple(std.shape)}")
     if not (mean.isfinite().all() and std.isfinite().all() and (std >= 0).all()):
         raise ValueError("numbers that are not finite, or a negative deviation")
-    return _Scale(mean, std + 1e-6)
+    return _Scale(mean.to(device), (std + 1e-6).to(device), shifts=bool(mean.any()))
 
 
 def _check(checkpoint: _Checkpoint) -> None:
@@ -264,7 +269,7 @@ def _check(checkpoint: _Checkpoint) -> None:
         offsets = [(checkpoint.name(module, f"feature_offset.{target}"), (n_features,)) for module in modules]
         for named, why in ((skips, SKIP), (offsets, OFFSET)):
             for name, shape in named:
-                if name in tensors and tensors.whole(name, shape).any():
+                if name in tensors and not tensors.is_zero(name, shape):
                     raise ReplacementError(f"{tensors.path}: tensor {name!r} is not zero: {why}")
 
 
@@ -275,7 +280,7 @@ def _layer(
     inner, outer = scales[layer]["inputs"], scales[layer]["targets"]
     W_enc = ColumnScaled(_encoder(checkpoint, layer), 1.0 / inner.std)
     b_enc = tensors.whole(checkpoint.name("encoder_module", f"encoders.{layer}.bias_param"), (n_features,))
-    b_enc = b_enc - W_enc.all().to(b_enc) @ inner.mean if inner.mean.any() else b_enc
+    b_enc = b_enc - W_enc.all().to(b_enc) @ inner.mean if inner.shifts else b_enc
     decoders = {
         Site("mlp_out", target): Decoder(_rows(checkpoint, layer, target, scales[target]["targets"]))
         for target in range(layer, checkpoint.n_layers)
@@ -323,4 +328,4 @@ def _skip(checkpoint: _Checkpoint, layer: int) -> Tensor | None:
     number = f"{layer}->{layer}" if checkpoint.tying == "none" else str(layer)
     name = checkpoint.name("decoder_module", f"skip_weights.{number}")
     found = checkpoint.tensors.optional(name, (checkpoint.width, checkpoint.width))
-    return found if found is not None and found.any() else None
+    return found if found is not None and (found.is_meta or found.any()) else None

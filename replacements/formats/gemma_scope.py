@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from circuits.kernels.encode import Activation
@@ -105,7 +106,8 @@ def _layer(file: Path) -> int:
     raise ReplacementError(f"{file}: no folder layer_N above it says which layer it is for")
 
 
-def _arrays(file: Path) -> dict[str, Tensor]:
+def _arrays(file: Path, *, is_meta: bool) -> dict[str, Tensor]:
+    """The arrays of a file in float32; of `is_meta` ones, on torch's device "meta", only the headers are read."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             missing = [name for name in ARRAYS if name not in archive]
@@ -113,6 +115,8 @@ def _arrays(file: Path) -> dict[str, Tensor]:
                 raise ReplacementError(
                     f"{file}: array {missing[0]!r} is missing; the file has {', '.join(sorted(archive)) or 'none'}"
                 )
+            if is_meta:
+                return {name: torch.empty(_shape(archive.zip, name), device="meta") for name in ARRAYS}
             found = {name: torch.from_numpy(np.asarray(archive[name], dtype=np.float32)) for name in ARRAYS}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ReplacementError(f"{file}: no npz file of plain arrays ({error}); copy or download it again") from error
@@ -122,9 +126,18 @@ def _arrays(file: Path) -> dict[str, Tensor]:
     return found
 
 
+def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    """The shape of an array, from the header that its file in the archive begins with."""
+    with archive.open(f"{name}.npy") as member:
+        version = npy.read_magic(member)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, _ = read(member)
+    return shape
+
+
 def _dictionary(file: Path, layer: int, what: tuple[str, str, Norm, str], device: str) -> Dictionary:
     kind, read, norm, write = what
-    arrays = _arrays(file)
+    arrays = _arrays(file, is_meta=device == "meta")
     width, n_features = arrays["W_enc"].shape if arrays["W_enc"].ndim == 2 else (0, 0)
     out = arrays["b_dec"].shape[-1] if arrays["b_dec"].ndim else 0
     shapes = {"W_enc": (width, n_features), "b_enc": (n_features,), "W_dec": (n_features, out), "b_dec": (out,)}

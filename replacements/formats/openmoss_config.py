@@ -117,7 +117,7 @@ class Config:
     def _factor(self, checkpoint: Checkpoint, hook: str, side: str) -> float:
         name, written = f"dataset_average_activation_norm.{hook}", self.values.get("dataset_average_activation_norm")
         if name in checkpoint:
-            norm = float(checkpoint.whole(name, ()))
+            norm = checkpoint.number(name)
         elif isinstance(written, dict) and (hook in written or side in written):
             norm = float(written[hook if hook in written else side])
         else:

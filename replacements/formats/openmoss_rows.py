@@ -19,15 +19,18 @@ def squares(decoder: Rows) -> Tensor:
 
 
 class Checkpoint:
-    """The tensors of one `.safetensors` or `.pt` file. Every method raises `ReplacementError` for a bad one."""
+    """The tensors of one `.safetensors` or `.pt` file. Every method raises `ReplacementError` for a bad one.
+
+    On the device "meta" no weight is read: see `LazyTensor`.
+    """
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self._device = path, device
         self._tensors: dict[str, Stored] = {}
         if path.suffix == ".safetensors":
-            self._tensors.update(open_safetensors(path))
+            self._tensors.update(open_safetensors(path, is_meta=device == "meta"))
         else:
-            self._tensors.update(_unpack(path))
+            self._tensors.update(_unpack(path, is_meta=device == "meta"))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -47,13 +50,21 @@ class Checkpoint:
         """The tensor as float32 on the device."""
         return self.stored(name, shape).all().to(self._device)
 
+    def number(self, name: str) -> float:
+        """A tensor of a single number."""
+        return float(self.stored(name, ()).all())
+
     def n_rows(self, name: str) -> int:
         """The first size of a tensor."""
         return self._tensors[name].shape[0] if name in self._tensors else 0
 
 
-def _unpack(path: Path) -> dict[str, HeldTensor]:
-    """A `.pt` file `{"sae": {name: tensor}, "version": ...}`: tensors and nothing else is unpickled."""
+def _unpack(path: Path, *, is_meta: bool) -> dict[str, HeldTensor]:
+    """A `.pt` file `{"sae": {name: tensor}, "version": ...}`: tensors and nothing else is unpickled.
+
+    is_meta
+        Only single numbers are read, as by `LazyTensor`.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tensors = dict(content["sae"])
@@ -63,7 +74,9 @@ def _unpack(path: Path) -> dict[str, HeldTensor]:
         ) from error
     for name, tensor in tensors.items():
         fine = isinstance(tensor, Tensor)
-        if not fine or (not name.startswith("dataset_average") and not _finite(tensor)):
+        if fine and is_meta and tensor.ndim:
+            tensors[name] = tensor.to("meta")
+        elif not fine or (not name.startswith("dataset_average") and not _finite(tensor)):
             raise ReplacementError(
                 f"{path}: {name!r} is no tensor of finite numbers; the file is damaged or its training diverged"
             )

@@ -10,12 +10,15 @@ from circuits.replacements.weights import LazyTensor, open_safetensors
 
 
 class Tensors:
-    """The tensors of one file. Every method raises `ReplacementError` for a missing or misshapen one."""
+    """The tensors of one file. Every method raises `ReplacementError` for a missing or misshapen one.
+
+    On the device "meta" no more than the header is read: see `LazyTensor`.
+    """
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
         self._device = device
-        self._tensors = open_safetensors(path)
+        self._tensors = open_safetensors(path, is_meta=device == "meta")
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -47,6 +50,15 @@ class Tensors:
     def optional(self, name: str, shape: Sequence[int | str]) -> Tensor | None:
         """The same, None where the file has no such tensor."""
         return self.whole(name, shape) if name in self else None
+
+    def number(self, name: str, shape: Sequence[int | str] = ()) -> float:
+        """A tensor of a single number."""
+        return float(self.lazy(name, shape).all())
+
+    def is_zero(self, name: str, shape: Sequence[int | str]) -> bool:
+        """Whether a tensor is zero everywhere; one that is not read is taken to be."""
+        found = self.whole(name, shape)
+        return found.is_meta or not found.any()
 
     def threshold(self, name: str, n_features: int) -> Tensor:
         """One threshold for each feature, (F,), or a single number, () or (1,)."""

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import circuits
+from circuits.base_models import load_base_model
 from circuits.errors import CircuitsError
 from circuits.evaluation import cross_entropy
 from circuits.families import FAMILIES
-from circuits.model import BaseModel, load_base_model
+from circuits.model import BaseModel
 from circuits.prompt import prepare
 from circuits.recording import Recording, record
 from circuits.score_weights import ScoreWeights

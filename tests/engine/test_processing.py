@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import circuits
+from circuits.base_models import load_base_model
 from circuits.errors import CircuitsError
-from circuits.model import BaseModel, load_base_model
+from circuits.model import BaseModel
 from circuits.processing import undo
 from circuits.recording import Recording, record
 from circuits.replacements import Dictionary, load_replacement

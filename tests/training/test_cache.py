@@ -13,9 +13,10 @@ from torch import Tensor
 import circuits.activation_cache as activation_cache
 from circuits.activation_cache import ActivationCache, CacheSettings, fill
 from circuits.activations import run
+from circuits.base_models import load_base_model
 from circuits.cached import CachedContexts, CachedTokens
 from circuits.errors import CircuitsError
-from circuits.model import BaseModel, load_base_model
+from circuits.model import BaseModel
 from circuits.replacements.sites import ReadSite, Site
 from circuits.text import Document, DocumentSource
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from circuits.activations import TokenStream
+from circuits.base_models import load_base_model
 from circuits.cli import main
 from circuits.errors import CircuitsError
 from circuits.evaluation import cross_entropy, dictionary_figures
 from circuits.kernels.encode import Activation
 from circuits.loading import load
-from circuits.model import BaseModel, load_base_model
+from circuits.model import BaseModel
 from circuits.recording import record
 from circuits.replacements import Dictionary, ReadSite, Replacement, Site, load_replacement
 from circuits.replacements.dictionary import Decoder
