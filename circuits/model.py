@@ -189,7 +189,7 @@ class BaseModel:
         return None if cap is None else float(cap)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Value and output weights of one layer, split by head, where the layer lies; kept if they are stored in float32."""
+        """Value and output weights of one layer, split by head, where the layer lies; kept if stored in float32."""
         if layer in self._attention_weights:
             return self._attention_weights[layer]
         shape, family, block = self.shape, self.family, self.blocks[layer]
@@ -362,7 +362,8 @@ def load_base_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = "the model's weights could not be read" + ("" if placing is None else " and placed by the device map")
         raise CircuitsError(f"{name}: {what}: {_first_line(error)}") from error
-    run_where_it_lies(lm)
+    if placing is not None:
+        run_where_it_lies(lm, placing)
     if missing := sorted(map(str, report.get("missing_keys", ()))):
         raise CircuitsError(f"{name}: tensors missing from the weights: {', '.join(missing[:5])}")
     for key, actual, expected in sorted(report.get("mismatched_keys", ()))[:1]:

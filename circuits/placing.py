@@ -1,9 +1,9 @@
 """Models that span several devices: what lies where, and how tensors get there and back.
 
 *Home* is the device of the token embedding. The recording, the nodes, what they write and what targets read are there.
-On the device of its layer is what is too large to be in one place: the base model's weights, its attention once more
-when it is frozen, and encoder, thresholds and skip connection of the dictionaries that read there. Covectors and streams
-go there for one product, and what comes out goes home. On one device nothing is ever moved.
+On the device of its layer is what is too large to be in one place: the base model's weights, the patterns once more
+beside them when attention is frozen, and encoder, thresholds and skip connection of the dictionaries that read there.
+Covectors and streams go there for one product, and what comes out goes home. On one device nothing is ever moved.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ def at_layer(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, 
         if there is None:
             return method(self, *args, **kwargs)
         moved = {name: _to(value, there.home) for name, value in kwargs.items()}
-        return cast(R, _to(method(there, *_to(args, there.home), **moved), self.home))  # type: ignore[arg-type]
+        return cast(R, _to(method(there, *_to(args, there.home), **moved), self.home))
 
     return placed
 
@@ -86,25 +86,33 @@ def _check_device(module: str, place: str | int) -> None:
     if place == "disk":
         raise CircuitsError(f"device map: {module!r} is on disk, where its weights cannot be read; put it on the cpu")
     try:
-        found = torch.device(place)
+        found = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
     except (RuntimeError, TypeError) as error:
-        raise CircuitsError(f"device map: {module!r} is on {place!r}, which is no device; expected 0, cuda:1 or cpu") from error
+        raise CircuitsError(
+            f"device map: {module!r} is on {place!r}, which is no device; expected 0, cuda:1 or cpu"
+        ) from error
     there = torch.cuda.device_count()
     if found.type != "cpu" and (found.type != "cuda" or (found.index or 0) >= there):
         raise CircuitsError(f"device map: {module!r} is on {place!r}, but torch sees {there} CUDA devices here")
 
 
-def run_where_it_lies(lm: nn.Module) -> None:
+def run_where_it_lies(lm: nn.Module, device_map: str | dict[str, Any]) -> None:
     """Let the parts of a dispatched model that its map has on the CPU run there too.
 
-    By itself accelerate keeps their weights in a dictionary and copies them to a GPU for each pass; the modules are empty
-    in between, so that nothing could be read from them.
+    By itself accelerate keeps their weights in a dictionary and copies them to a GPU for each pass; the modules are
+    empty in between, so that nothing could be read from them.
 
     Raises
     ------
     CircuitsError
-        A part was left on disk, because it does not fit on the devices that there are.
+        A part was left on disk, because it does not fit on the devices that there are, or the map names a part that the
+        model does not have.
     """
+    modules = dict(lm.named_modules())
+    if not isinstance(device_map, str) and (unknown := [name for name in device_map if name not in modules]):
+        raise CircuitsError(
+            f"device map: the model has no part named {unknown[0]!r}; it has {', '.join(list(modules)[1:6])} and so on"
+        )
     places: dict[str, Any] = getattr(lm, "hf_device_map", {})
     if "disk" in places.values():
         left = ", ".join(name for name, place in places.items() if place == "disk")

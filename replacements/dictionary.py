@@ -228,7 +228,10 @@ class Dictionary:
         return Active(positions, features, size, size.clone(), arrived / size.unsqueeze(1))
 
     def encoder_rows(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
-        """(n, d_read), where `features` are: `encoder_rows @ x + encoder_bias` is the pre-activation. `directions` (n, r) for rank r > 1."""
+        """(n, d_read), where `features` are: `encoder_rows @ x + encoder_bias` is the pre-activation.
+
+        `directions` (n, r) for rank r > 1.
+        """
         index = self._rows(features)
         rows = read(self.encoder, index.flatten(), features.device)
         return _along(rows.view(*index.shape, self.d_read), directions)

@@ -9,7 +9,7 @@ import torch
 from drawn import draw, watch
 from tiny_models import CASES, Case, build
 from torch import nn
-from two_devices import HOME, OTHER, devices
+from two_devices import CPU, HOME, OTHER, devices
 
 import circuits
 from circuits.faithfulness import logits_of_parts
@@ -18,6 +18,7 @@ from circuits.graph import Graph
 from circuits.interventions import Bench
 from circuits.loading import Model, place
 from circuits.model import BaseModel
+from circuits.placing import run_where_it_lies
 from circuits.verification import verify
 
 KINDS = (
@@ -29,24 +30,27 @@ SETTINGS = circuits.TraceSettings(explain=True)
 AT_HOME = ("wte", "wpe", "embed_tokens", "rotary_emb")
 
 
-def spread(case: Case) -> Model:
-    """The model of a case with its first layer at home, the others and the end on the other device, by the hooks with
-    which accelerate runs such models."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+def spread(case: Case, last: torch.device = OTHER) -> Model:
+    """The model of a case dispatched by accelerate: tokens, an unembedding tied to them and the first layer at home,
+    the second layer on the other device, the third and the end on `last`."""
+    from accelerate import dispatch_model
 
     model = build(case)
     lm: Any = model.base.lm
-    modules = [*getattr(lm, model.base.family.trunk).named_children(), ("lm_head", lm.lm_head)]
-    for name, module in modules:
-        for number, one in enumerate(module if isinstance(module, nn.ModuleList) else [module]):
-            at = HOME if name in AT_HOME or (isinstance(module, nn.ModuleList) and number == 0) else OTHER
-            one.to(at)
-            add_hook_to_module(one, AlignDevicesHook(execution_device=at))
+    trunk = model.base.family.trunk
+    places: dict[str, Any] = {"lm_head": HOME if lm.config.tie_word_embeddings else last}
+    for name, module in getattr(lm, trunk).named_children():
+        if isinstance(module, nn.ModuleList):
+            places |= {f"{trunk}.{name}.{i}": at for i, at in enumerate((HOME, OTHER, last))}
+        else:
+            places[f"{trunk}.{name}"] = HOME if name in AT_HOME else last
+    places = {name: "cpu" if at.type == "cpu" else str(at) for name, at in places.items()}
+    dispatch_model(lm, places, skip_keys=lm._skip_keys_device_placement)
+    run_where_it_lies(lm, places)
     base = BaseModel(lm, None, model.base.name)
-    assert (base.device, base.layer_devices) == (HOME, (HOME, OTHER, OTHER))
+    assert (base.device, base.layer_devices) == (HOME, (HOME, OTHER, last))
     for replacement in model.replacements:
         for dictionary in replacement.dictionaries:
-            dictionary.place(HOME)
             dictionary.output_biases = {site: bias.to(HOME) for site, bias in dictionary.output_biases.items()}
             dictionary.moved_by = _moved(dictionary.moved_by)
         place(base, replacement, 2**30)
@@ -78,15 +82,17 @@ def assert_same(found: Graph, expected: Graph) -> None:
             assert same, (name, column)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_trace_does_not_depend_on_where_layers_lie(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "last"), [*((name, OTHER) for name in KINDS), ("gpt2_clt_frozen", CPU), ("llama_mtc_ranks", CPU)], ids=str
+)
+def test_a_trace_does_not_depend_on_where_layers_lie(name: str, last: torch.device) -> None:
     """Nodes, edges, their splits by head, explained scores and the ledger are those of one device, and so is what
     `explain` tells of the strongest node."""
     case = CASES[name]
     plain = build(case)
     expected = circuits.trace(plain, list(case.token_ids), settings=SETTINGS)
     with devices():
-        model = spread(case)
+        model = spread(case, last)
         found = circuits.trace(model, list(case.token_ids), settings=SETTINGS)
         told = circuits.explain(model, expected, expected.node_ids()[-1])
     assert len(expected.edges) > 20
@@ -96,22 +102,20 @@ def test_a_trace_does_not_depend_on_where_layers_lie(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("options", [{}, {"mode": "frozen"}, {"layers": range(1, 3)}], ids=str)
-def test_interventions_do_not_depend_on_where_layers_lie(name: str, options: dict[str, Any]) -> None:
+def test_interventions_do_not_depend_on_where_layers_lie(name: str) -> None:
     """Logits, and what every node reads and becomes, in real, frozen and constrained runs."""
     case = CASES[name]
     bench = Bench(build(case), list(case.token_ids))
     batch, nodes = draw(bench, case, count=3), watch(bench)
-    expected = bench.run(batch, features=nodes, **options)
+    ways: list[dict[str, Any]] = [{}, {"mode": "frozen"}, {"layers": range(1, 3)}, {"freeze_attention": True}]
+    expected = [bench.run(batch, features=nodes, **options) for options in ways]
     with devices():
-        found = Bench(spread(case), list(case.token_ids)).run(batch, features=nodes, **options)
-        pairs = {
-            what: (getattr(found, what).cpu().numpy(), getattr(expected, what).numpy())
-            for what in ("logits", "features", "activations")
-        }
-    assert float((expected.logits - expected.baseline_logits).abs().max()) > 0.01
-    for what, (mine, theirs) in pairs.items():
-        assert near(mine, theirs), what
+        bench = Bench(spread(case), list(case.token_ids))
+        found = [bench.run(batch, features=nodes, **options) for options in ways]
+        for what in ("logits", "features", "activations"):
+            for mine, theirs in zip(found, expected, strict=True):
+                assert near(getattr(mine, what).cpu().numpy(), getattr(theirs, what).numpy()), what
+    assert float((expected[0].logits - expected[0].baseline_logits).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("name", ["gpt2_mixed", "llama_mtc_ranks", "llama_skip_scale_z", "gemma2_before_post_norm"])

@@ -1,9 +1,9 @@
 """A test double of a machine with GPUs: tensors on `distant:0` and `distant:1` that are really on the CPU.
 
-A `Distant` tensor wraps one of the CPU and says that it is elsewhere, as PyTorch's own FakeTensor does; unlike that it has
-numbers. Within `devices()` every operation is seen before it runs: one on tensors of two devices raises as CUDA would,
-`.to`, `.cpu` and `copy_` are the ways across, and what is made with `device=` is where it should be. As on a GPU a
-tensor of the CPU may be an index, or a number without dimensions, and nothing else.
+A `Distant` tensor wraps one of the CPU and says that it is elsewhere, as PyTorch's own FakeTensor does; unlike that it
+has numbers. Within `devices()` every operation is seen before it runs: one on tensors of two devices raises as CUDA
+would, `.to`, `.cpu` and `copy_` are the ways across, and what is made with `device=` is where it should be. As on a GPU
+a tensor of the CPU may be an index, or a number without dimensions, and nothing else; `numpy` works on the CPU only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +28,16 @@ class Distant(Tensor):
     near: Tensor
 
     @staticmethod
-    def __new__(cls, near: Tensor, device: torch.device) -> "Distant":
+    def __new__(cls, near: Tensor, device: torch.device | None = None, requires_grad: bool = False) -> Any:
+        if device is None:  # accelerate makes a parameter anew by its class
+            return near
         made: Distant = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=device
+            cls,
+            near.shape,
+            strides=near.stride(),
+            storage_offset=near.storage_offset(),
+            dtype=near.dtype,
+            device=device,
         )
         made.near = near
         return made
