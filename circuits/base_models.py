@@ -9,20 +9,25 @@ from torch import nn
 from circuits.errors import CircuitsError
 from circuits.families import TEXT_MODELS, family_of
 from circuits.model import DTYPES, BaseModel
+from circuits.placing import DeviceMap, checked_map, run_where_it_lies
 from circuits.replacements.weights import FLOATS, open_safetensors
 
 
-def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None = None) -> BaseModel:
+def load_base_model(
+    name: str | Path, *, device: str = "cpu", dtype: str | None = None, device_map: DeviceMap | None = None
+) -> BaseModel:
     """Load a local folder or a hub id with eager attention, in the stored dtype unless another is asked for.
 
     Raises
     ------
     CircuitsError
-        When the folder is missing or incomplete, a weight file is damaged, or the family is not known.
+        When the folder is missing or incomplete, a weight file is damaged, the family is not known, or nothing can be
+        placed by the map.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    placing = None if device_map is None else checked_map(device_map, device)
     check_device(device)
     config = _config(name, dtype)
     lm: nn.Module
@@ -32,11 +37,15 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
             name,
             attn_implementation="eager",
             dtype=DTYPES.get(dtype or "", "auto"),
+            device_map=placing,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with names and shapes
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CircuitsError(f"{name}: the model's weights could not be read: {_first_line(error)}") from error
+        what = "the model's weights could not be read" + ("" if placing is None else " and placed by the device map")
+        raise CircuitsError(f"{name}: {what}: {_first_line(error)}") from error
+    if placing is not None:
+        run_where_it_lies(lm, placing)
     if missing := sorted(map(str, report.get("missing_keys", ()))):
         raise CircuitsError(f"{name}: tensors missing from the weights: {', '.join(missing[:5])}")
     for key, actual, expected in sorted(report.get("mismatched_keys", ()))[:1]:
@@ -51,7 +60,7 @@ def load_base_model(name: str | Path, *, device: str = "cpu", dtype: str | None 
             )
     if config.model_type in TEXT_MODELS:
         lm = _text_model(lm)
-    return BaseModel(lm.to(device), load_tokenizer(name), _shown(name), _weight_files(name))
+    return BaseModel(lm if placing else lm.to(device), load_tokenizer(name), _shown(name), _weight_files(name))
 
 
 def load_shapes(name: str | Path, *, dtype: str | None = None) -> BaseModel:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, device, nn
 
 from circuits.errors import CircuitsError
 from circuits.families import part
@@ -31,7 +31,8 @@ Wanted = Sequence[ReadSite | Site | str]
 
 @contextmanager
 def capturing(model: BaseModel, wanted: Wanted, kept: dict[str, Tensor]) -> Iterator[None]:
-    """Within the context a forward pass leaves every wanted site in `kept`, float32, under the site's name.
+    """Within the context a forward pass leaves every wanted site in `kept`, float32 on the model's device, under the
+    site's name.
 
     wanted
         Sites, read sites, or "pattern.l". A read site that joins several layers has their values side by side.
@@ -40,7 +41,7 @@ def capturing(model: BaseModel, wanted: Wanted, kept: dict[str, Tensor]) -> Iter
     handles: list[Any] = []
     for site, norm, name in names:
         if site.partition(".")[0] not in INSIDE:
-            _hook(model, site, norm, _keeper(kept, name), handles)
+            _hook(model, site, norm, _keeper(kept, name, model.device), handles)
     inside = {site for site, _, _ in names if site.partition(".")[0] in INSIDE}
     try:
         with _inside_attention(model, inside, kept):
@@ -68,8 +69,8 @@ def _single(wanted: ReadSite | Site | str) -> list[tuple[str, str, str]]:
     return [(str(wanted), "none", str(wanted))]
 
 
-def _keeper(kept: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    return lambda value: kept.__setitem__(name, value.float())
+def _keeper(kept: dict[str, Tensor], name: str, home: device) -> Callable[[Tensor], None]:
+    return lambda value: kept.__setitem__(name, value.to(home).float())
 
 
 def _hook(model: BaseModel, site: str, norm: str, keep: Callable[[Tensor], None], handles: list[Any]) -> None:
@@ -121,9 +122,9 @@ def _inside_attention(model: BaseModel, names: set[str], kept: dict[str, Tensor]
         found = {"q": query * scaling, "k": key, "v": value}
         for name, heads in found.items():
             if (site := f"{name}.{module.layer_idx}") in names:
-                kept[site] = kept[f"{site}:none"] = heads.transpose(1, 2).flatten(2).float()
+                kept[site] = kept[f"{site}:none"] = heads.transpose(1, 2).flatten(2).to(model.device).float()
         if (site := f"pattern.{module.layer_idx}") in names:
-            kept[site] = pattern.float()
+            kept[site] = pattern.to(model.device).float()
         return output, pattern
 
     AttentionInterface.register(IMPLEMENTATION, attend)

@@ -205,7 +205,7 @@ class Ends:
         The head is None for a reader of the stream itself; a pattern of a feature's own is `OWN_HEAD`.
         """
         if end.dictionary is None:
-            readers = self.base.unembedding[features.to(self.base.device)].float() - self.base.unembedding_mean
+            readers = self.base.unembedding_rows(features) - self.base.unembedding_mean
             yield None, self.final_norm.pull(readers, slice(None))
             return
         readers = end.dictionary.encoder_rows(features).flatten(0, -2).to(self.base.device)
@@ -229,9 +229,8 @@ class Ends:
         The same as `covectors`, from the other side: x is pushed through the heads, so nothing of size F D H is made.
         """
         if end.dictionary is None:
-            w_u = self.base.unembedding.float()
             normed = self.final_norm.apply(x, slice(None))
-            yield None, normed @ w_u.T - (normed @ self.base.unembedding_mean).unsqueeze(1)
+            yield None, self.base.unembed(normed) - (normed @ self.base.unembedding_mean).unsqueeze(1)
             return
         dictionary, w_enc = end.dictionary, end.dictionary.W_enc.to(self.base.device)
         if end.reads_heads:
@@ -283,7 +282,7 @@ class Ends:
         return NormRecord(gain, bias, torch.ones(1, device=gain.device), self.base.family.norm == "layer")
 
     def _attention(self, layer: int) -> AttentionWeights:
-        return self.base.attention_weights(layer)
+        return self.base.attention_weights(layer).to(self.base.device)
 
     def _head_values(self, layer: int, head: int, x: Tensor) -> Tensor:
         """`V_h N x`, (n, E)."""

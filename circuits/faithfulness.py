@@ -99,7 +99,7 @@ def logits_of_parts(
     """Logits (R, P, V), without a final soft cap, of runs that keep only the nodes of a mask each, (R, n)."""
     final = _PartialRun(linear, _Kept(linear, table, masks)).run()
     places, back = torch.unique(torch.tensor(positions) % final.shape[1], return_inverse=True)
-    logits = final[:, places.to(final.device)] @ linear.model.unembedding.float().T
+    logits = linear.model.unembed(final[:, places.to(final.device)])
     return logits[:, back.to(final.device)]
 
 
@@ -173,7 +173,7 @@ class _PartialRun:
         with cast_up(model), capturing(model, self._wanted(), self.captured), self._hooks():
             embedding = part(model.lm, model.family.embedding)(ids).float()
             output = part(model.lm, model.family.trunk)(inputs_embeds=embedding, use_cache=False)
-        final: Tensor = output.last_hidden_state.float()
+        final: Tensor = output.last_hidden_state.to(model.device).float()
         return final
 
     def _is_raw(self, dictionary: Dictionary, site: Site) -> bool:
@@ -207,7 +207,7 @@ class _PartialRun:
                 changes[family.value] = partial(self._changed_values, layer)
             for path, change in changes.items():
                 module = part(block, path) if path else block
-                handles.append(module.register_forward_hook(_on_output(change)))
+                handles.append(module.register_forward_hook(_on_output(change, linear.model.device)))
         try:
             yield
         finally:
@@ -240,7 +240,8 @@ class _PartialRun:
             written = rebuild(parts, site).view(*base.shape[:2], -1)
             if site.name == "z":
                 path = self.linear.model.family.attention_output
-                written = nn.functional.linear(written, *linear_parameters(part(self._block(site), path)))
+                weight, bias = linear_parameters(part(self._block(site), path))
+                written = nn.functional.linear(written.to(weight.device), weight, bias).to(written.device)
             if not is_raw:
                 total = total + written
                 continue
@@ -319,12 +320,12 @@ def _before(site: Site) -> str:
     return f"{'mlp' if site.name == 'mlp_out' else 'attn'}_before.{site.layer}"
 
 
-def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A forward hook that changes a module's output, or the first of several, whatever its shape."""
+def _on_output(change: Callable[[Tensor], Tensor], home: torch.device) -> Callable[..., Any]:
+    """A forward hook that changes a module's output, or the first of several, whatever its shape; changed at home."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         value: Tensor = output[0] if isinstance(output, tuple) else output
-        changed = change(value).reshape(value.shape).to(value.dtype)
+        changed = change(value.to(home)).reshape(value.shape).to(value)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook

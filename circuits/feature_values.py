@@ -24,8 +24,7 @@ def pre_activations(dictionary: Dictionary, x: Tensor, features: Tensor | None) 
     else:
         weights = dictionary.encoder_rows(features).reshape(-1, dictionary.d_read)
         bias = dictionary.encoder_bias(features).reshape(-1)
-    x = x.to(weights)
-    pre = torch.addmm(bias, x.reshape(-1, dictionary.d_read), weights.T)
+    pre = torch.addmm(bias, x.to(weights).reshape(-1, dictionary.d_read), weights.T).to(x.device)
     return pre.reshape(*x.shape[:-1], len(bias) // dictionary.rank, dictionary.rank)
 
 
@@ -38,6 +37,7 @@ def gated(dictionary: Dictionary, pre: Tensor, features: Tensor | None) -> Tenso
     threshold = dictionary.threshold
     if threshold is not None and features is not None and threshold.numel() > 1:
         threshold = threshold[features.to(threshold.device)]
+    threshold = None if threshold is None else threshold.to(size.device)
     positions, columns, activations, _ = gate(size, dictionary.activation, threshold)
     kept = torch.zeros_like(size)
     kept[positions, columns] = activations

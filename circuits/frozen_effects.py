@@ -92,10 +92,10 @@ class FrozenRun:
             if site.name == "v":
                 self.in_values[site.layer] = self.in_values.get(site.layer, 0) + written
                 continue
-            if site.name == "z":
-                written = written @ self.linear.attention[site.layer].weights.w_o.flatten(0, 1)
             depth = write_depth(site)
-            if site.name == "z" or (dictionary.before_post_norm and site.name != "resid_post"):
+            if site.name == "z":
+                written = self.linear.attention[site.layer].write(written, slice(None))
+            elif dictionary.before_post_norm and site.name != "resid_post":
                 written = self._past_post_norm(depth, written)
             self.writes[depth] = self.writes.get(depth, 0) + written
 
@@ -108,20 +108,13 @@ class FrozenRun:
         if is_mlp and layer in linear.replaced_blocks:
             self.stream = torch.zeros_like(self.stream)
         elif is_mlp:
-            for dictionary in linear.dictionaries:
-                if dictionary.skip is not None and write_depth(dictionary.writes[0]) == depth:
-                    self.stream = self.stream + self._skipped(dictionary, dictionary.skip, depth)
+            if (skip := linear.skips.get(depth)) is not None:
+                below = self.below[layer] if linear.model.parallel else self.stream
+                self.stream = self.stream + skip.push(below, slice(None))
         elif layer in linear.frozen_attention:
             replaced = layer in linear.replaced_values
             z = self.head_outputs(layer, self.in_values.get(layer) if replaced else self.value_change(layer))
-            out = z @ linear.attention[layer].weights.w_o.flatten(0, 1)
-            self.stream = self.stream + self._past_post_norm(depth, out)
-
-    def _skipped(self, dictionary: Dictionary, weight: Tensor, depth: int) -> Tensor:
-        """What a skip connection makes of the stream that its MLP reads."""
-        parallel = self.linear.model.parallel
-        passed = self._normed(dictionary.read, self.below[dictionary.layer] if parallel else self.stream) @ weight.T
-        return self._past_post_norm(depth, passed) if dictionary.before_post_norm else passed
+            self.stream = self.stream + linear.attention[layer].write(z, slice(None))
 
     def _past_post_norm(self, depth: int, out: Tensor) -> Tensor:
         """A sublayer's own output (B, S, D) as it enters the stream: through the post-norm that the family may have."""
@@ -140,8 +133,7 @@ class FrozenRun:
 
     def value_change(self, layer: int) -> Tensor:
         """Change of the values (B, S, K x E) by the stream below a layer."""
-        normed = self.linear.recording.attention_norms[layer].apply(self.stream, slice(None))
-        return normed @ self.linear.attention[layer].weights.w_v.flatten(0, 1).T
+        return self.linear.attention[layer].read_values(self.stream, biases=False)
 
     def head_outputs(self, layer: int, values: Tensor | None) -> Tensor:
         """Change of the head outputs (B, S, H x E) by a change of the values, and of patterns that are patched."""
@@ -181,9 +173,7 @@ class FrozenRun:
         attention, features = self.linear.attention[layer], self.plan.features[index]
         if site in ("z", "attn_out"):
             x = self.head_outputs(layer, self.value_change(layer))
-            x = x if site == "z" else x @ attention.weights.w_o.flatten(0, 1)
-            if site == "attn_out" and not dictionary.before_post_norm:
-                x = self._past_post_norm(2 * layer + 1, x)
+            x = x if site == "z" else attention.write(x, slice(None), below_post=dictionary.before_post_norm)
         elif site == "v":
             x = self.value_change(layer)
         else:

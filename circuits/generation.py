@@ -122,7 +122,8 @@ def stepwise(bench: Bench, run: RealRun, sampling: Sampling) -> Iterator[tuple[i
     unembedding = bench.model.base.unembedding.float()
     while True:
         with torch.no_grad():
-            logits = capped(bench.model.base, unembedding @ run.forward(ids, cache)[0, -1])
+            final = run.forward(ids, cache)[0, -1].to(unembedding.device)
+            logits = capped(bench.model.base, unembedding @ final)
         if sampling.temperature > 0:
             shares = (logits / sampling.temperature).softmax(-1).cpu()
             token = int(torch.multinomial(shares, 1, generator=generator))

@@ -92,7 +92,7 @@ class RealRun:
             name = "cache" if "cache" in signature(trunk.forward).parameters else "past_key_values"
             output = trunk(inputs_embeds=embedding, use_cache=cache is not None, **{name: cache})
         self.first += token_ids.shape[1]
-        final: Tensor = output.last_hidden_state.float()
+        final: Tensor = output.last_hidden_state.to(model.device).float()
         return final
 
     # --- what is added, and when ----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class RealRun:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        family = self.linear.model.family
+        family, home = self.linear.model.family, self.linear.model.device
         before: dict[str, Change] = {"": self._enter, family.attention_output: self._head_outputs,
                                      family.mlp_norm: self._middle}  # fmt: skip
         after: list[tuple[str, Change]] = [
@@ -192,10 +192,10 @@ class RealRun:
         for layer, block in enumerate(self.linear.model.blocks):
             for path, change in before.items():
                 module = part(block, path) if path else block
-                handles.append(module.register_forward_pre_hook(_on_input(layer, change), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(_on_input(layer, change, home), with_kwargs=True))
             for path, change in after:
                 module = part(block, path) if path else block
-                handles.append(module.register_forward_hook(_on_output(layer, change)))
+                handles.append(module.register_forward_hook(_on_output(layer, change, home)))
         try:
             yield
         finally:
@@ -259,17 +259,21 @@ class RealRun:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import eager_mask
 
+        home = self.linear.model.device
+
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
             eager = sys.modules[type(module).__module__].eager_attention_forward
             layer = module.layer_idx
-            value = self._changed_values(layer, value, query.shape[2])
+            value = self._changed_values(layer, value.to(home), query.shape[2]).to(value.device)
             output, pattern = eager(module, query, key, value, mask, **options)
-            whole = self._changed_patterns(layer, pattern)
+            before = pattern.to(home)
+            whole = self._changed_patterns(layer, before)
             self.patterns[layer] = whole.float()
-            if whole is not pattern:
+            if whole is not before:
+                pattern = whole.to(value)
                 values = value.repeat_interleave(whole.shape[1] // value.shape[1], dim=1)
-                output = (whole.to(values) @ values).transpose(1, 2).contiguous()
-            return output, whole
+                output = (pattern @ values).transpose(1, 2).contiguous()
+            return output, pattern
 
         AttentionInterface.register(IMPLEMENTATION, attend)
         AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
@@ -325,7 +329,7 @@ class RealRun:
             if layer in self.value_changes:
                 values = values + self.value_changes[layer][:, :n]
             z = z + through_heads(self.patterns[layer][:, :, :m, :n], values, width) - before
-        change = z @ attention.weights.w_o.flatten(0, 1) + self.raw_changes[Site("attn_out", layer)][:, :m]
+        change = attention.write(z, slice(None), below_post=True) + self.raw_changes[Site("attn_out", layer)][:, :m]
         norms = self.linear.recording.attention_post_norms
         return norms[layer].apply(change, slice(self.first, n)) if norms else change
 
@@ -338,19 +342,19 @@ def through_heads(pattern: Tensor, values: Tensor, head_width: int) -> Tensor:
     return (pattern.to(values) @ per_head).transpose(1, 2).reshape(n_rows, length, -1)
 
 
-def _on_input(layer: int, change: Change) -> Callable[..., Any]:
+def _on_input(layer: int, change: Change, home: torch.device) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change(layer, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(layer, kwargs["hidden_states"])}
+        x = args[0] if args else kwargs["hidden_states"]
+        changed = change(layer, x.to(home)).to(x.device)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     return hook
 
 
-def _on_output(layer: int, change: Change) -> Callable[..., Any]:
+def _on_output(layer: int, change: Change, home: torch.device) -> Callable[..., Any]:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(layer, output[0]), *output[1:])
-        return change(layer, output)
+        x = output[0] if isinstance(output, tuple) else output
+        changed = change(layer, x.to(home)).to(x.device)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook

@@ -251,7 +251,7 @@ class Bench:
         return position % n
 
     def _logits(self, final: Tensor) -> Tensor:
-        return final @ self.model.base.unembedding.float().T
+        return self.model.base.unembed(final)
 
 
 def capped(model: BaseModel, logits: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class LinearizedModel:
     @products.setter
     def products(self, products: Products) -> None:
         for attention in self.attention:
-            attention.products = products
+            attention.set_products(products)
 
     def _reads_inside_block(self, dictionary: Dictionary) -> bool:
         inside = dictionary.read.site.name in ("attn_out", "z", "v", "resid_mid")

@@ -1,7 +1,7 @@
 """Load a base model with its replacements: the embedded default, any that the user names, or those of a graph."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from circuits.base_models import load_base_model
@@ -11,11 +11,13 @@ from circuits.hub import model_folder, name_of, replacement_folder
 from circuits.linearize import check_replacements
 from circuits.model import BaseModel
 from circuits.offload import keep_freed_memory
+from circuits.placing import DeviceMap
 from circuits.processing import undo
 from circuits.replacements.dictionary import Replacement
 from circuits.replacements.formats import qk_format
 from circuits.replacements.formats.qk_format import QKReplacement
 from circuits.replacements.loading import is_replacement, load_replacement
+from circuits.replacements.memory import free_memory
 
 DEFAULT = Path(__file__).resolve().parent / "default"
 EMBEDDED_MODEL = "circuits-default"
@@ -47,6 +49,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    device_map: DeviceMap | None = None,
     memory: int | None = None,
 ) -> Model:
     """Load a model and its replacements.
@@ -64,8 +67,11 @@ def load(
         scores and stands for nothing. The embedded model has its own.
     device, dtype
         Where and in which precision the weights are held. Recording and attribution run in float32.
+    device_map
+        Instead of `device`, for a model that is too large for one: "auto" and the other words of transformers, or
+        {module: device}, which needs accelerate. Dictionaries go to the device of the layer that they read.
     memory
-        Bytes on the device that the encoders of each replacement may take; those that do not fit stay in their files
+        Bytes on each device that the encoders of each replacement may take; those that do not fit stay in their files
         and are read a block of features at a time. By default half of what is free; float32 encoders are used where
         they lie in their files, which takes no longer.
 
@@ -81,14 +87,18 @@ def load(
     """
     keep_freed_memory()
     found = find(model, replacement)
-    base = load_base_model(found.model, device=device, dtype=dtype)
+    base = load_base_model(found.model, device=device, dtype=dtype, device_map=device_map)
     base.name = found.name or base.name
-    replacements = tuple(load_replacement(path, device, memory) for path in found.replacements)
+    held = memory if len(base.devices) == 1 else 0
+    replacements = tuple(load_replacement(path, base.device, held) for path in found.replacements)
     for one in replacements:
         if one.name == one.path.name:  # in the hub's cache that is a commit
             one.name = name_of(one.path) or one.name
     replacements = tuple(undo(base, one) for one in replacements)
     check_replacements(base, replacements)
+    if len(base.devices) > 1:
+        for one in replacements:
+            place(base, one, memory)
     return Model(base, replacements, _load_qk(base, found.qk, model is None))
 
 
@@ -112,6 +122,16 @@ def find(model: str | Path | None, replacement: str | Path | Sequence[str | Path
     paths = [path for one in given for path in _paths(one, embedded=model is None)]
     qk = tuple(path for path in paths if qk_format.is_qk(path))
     return Found(folder, name, tuple(path for path in paths if path not in qk), qk)
+
+
+def place(base: BaseModel, replacement: Replacement, memory: int | None = None) -> None:
+    """Put each dictionary on the device of the layer that it reads, and as many encoders there as `memory` allows."""
+    for device in sorted(base.devices, key=str):
+        mine = tuple(d for d in replacement.dictionaries if base.layer_devices[d.layer] == device)
+        for dictionary in mine:
+            dictionary.place(device)
+        budget = free_memory(device) // 2 if memory is None else memory
+        replace(replacement, dictionaries=mine).hold_encoders(budget, needed=memory is None)
 
 
 def _load_qk(base: BaseModel, paths: Sequence[Path], embedded: bool) -> QKReplacement | None:
@@ -167,6 +187,7 @@ def model_of(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> Model:
     """The model and the replacements that a graph was traced with.
 
@@ -177,7 +198,7 @@ def model_of(
     model, replacement
         Where they lie, as for `load`. Not needed for a graph of the embedded model and what comes with it; a
         replacement that is given then goes before the names in the graph.
-    device, dtype
+    device, dtype, device_map
         As for `load`.
 
     Raises
@@ -203,7 +224,7 @@ def model_of(
                 "--replacement"
             )
         replacement = [_embedded(part) for part in names]
-    found = load(model, replacement, device=device, dtype=dtype)
+    found = load(model, replacement, device=device, dtype=dtype, device_map=device_map)
     check_fits(graph, found)
     return found
 

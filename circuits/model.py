@@ -20,6 +20,7 @@ from circuits.families import (
     part,
     place_passing,
 )
+from circuits.placing import device_of
 from circuits.score_weights import Rotary, ScoreWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +54,20 @@ class AttentionWeights:
     norm: tuple[Tensor, bool]
     post: tuple[Tensor, bool] | None = None
 
+    def to(self, device: torch.device) -> "AttentionWeights":
+        """The same on a device."""
+        if self.w_o.device == device:
+            return self
+        (gain, centred), post = self.norm, self.post
+        return AttentionWeights(
+            w_v=self.w_v.to(device),
+            b_v=None if self.b_v is None else self.b_v.to(device),
+            w_o=self.w_o.to(device),
+            b_o=None if self.b_o is None else self.b_o.to(device),
+            norm=(gain.to(device), centred),
+            post=None if post is None else (post[0].to(device), post[1]),
+        )
+
     @cached_property
     def folded(self) -> tuple[Tensor, Tensor]:
         """`w_o` behind the norm after it, `w_v` behind the one before it; their scales, one a position, left out."""
@@ -74,7 +89,10 @@ class BaseModel:
     lm : the Hugging Face module, eager attention, evaluation mode
     tokenizer : its tokenizer, or None when the folder has none
     files : the weight files that it came from; empty for a model made in memory
-    family, shape, name, device : what their types say
+    family, shape, name : what their types say
+    device : home, where tokens are embedded, and where all tensors are that it gives, but for those of `lm` itself and
+        `attention_weights`
+    layer_devices : where each layer lies; see `circuits.placing`
     """
 
     def __init__(self, lm: nn.Module, tokenizer: Any, name: str, files: Sequence[Path] = ()) -> None:
@@ -94,12 +112,18 @@ class BaseModel:
             vocabulary=int(config.vocab_size),
             context=int(config.max_position_embeddings),
         )
-        self.device = next(lm.parameters()).device
+        self.device = cast(Tensor, part(lm, self.family.embedding).weight).device
+        self.layer_devices = tuple(device_of(block, layer) for layer, block in enumerate(self.blocks))
         if not self.family.norms_before:
             for block in self.blocks:
                 place_passing(self.family, block)
         self._rotary: dict[str | None, Rotary] = {}
         self._attention_weights: dict[int, AttentionWeights] = {}
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Every device that something of the model's is kept on, home included."""
+        return frozenset({self.device, *self.layer_devices})
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -118,13 +142,22 @@ class BaseModel:
     @cached_property
     def unembedding_mean(self) -> Tensor:
         """Mean of the unembedding rows over the vocabulary, (D,) float32: it is taken off every logit's reader."""
-        return self.unembedding.float().mean(0)
+        return self.unembedding.float().mean(0).to(self.device)
+
+    def unembedding_rows(self, token_ids: Tensor | Sequence[int]) -> Tensor:
+        """The unembedding of some tokens, (n, D) float32."""
+        ids = torch.as_tensor(token_ids, device=self.unembedding.device)
+        return self.unembedding[ids].to(self.device, torch.float32)
+
+    def unembed(self, final: Tensor) -> Tensor:
+        """Logits (..., V) of what is behind the final norm, (..., D); without a final soft cap."""
+        return (final.to(self.unembedding.device) @ self.unembedding.float().T).to(self.device)
 
     def position_embedding(self, n: int) -> Tensor | None:
         """Learned position embeddings of the first n positions, (n, D) float32, where the family has them."""
         if self.family.position_embedding is None:
             return None
-        return cast(Tensor, part(self.lm, self.family.position_embedding).weight)[:n].float()
+        return cast(Tensor, part(self.lm, self.family.position_embedding).weight)[:n].to(self.device, torch.float32)
 
     @property
     def rotary_theta(self) -> float | None:
@@ -154,7 +187,7 @@ class BaseModel:
         return None if cap is None else float(cap)
 
     def attention_weights(self, layer: int) -> AttentionWeights:
-        """Value and output weights of one layer, split by head; kept where they are stored in float32."""
+        """Value and output weights of one layer, split by head, where the layer lies; kept if stored in float32."""
         if layer in self._attention_weights:
             return self._attention_weights[layer]
         shape, family, block = self.shape, self.family, self.blocks[layer]
@@ -162,7 +195,7 @@ class BaseModel:
         stored, b_o = linear_parameters(part(block, family.attention_output))
 
         def gain(path: str) -> tuple[Tensor, bool]:
-            return self.norm_parameters(part(block, path))[0], family.norm == "layer"
+            return self.norm_parameters(part(block, path))[0].to(w_v.device), family.norm == "layer"
 
         weights = AttentionWeights(
             w_v=w_v,
@@ -183,10 +216,10 @@ class BaseModel:
         w_q, b_q = self._projection(layer, family.query, family.query_part, shape.n_heads)
         w_k, b_k = self._projection(layer, family.key, family.key_part, shape.n_kv_heads)
         return ScoreWeights(
-            w_q=w_q,
-            b_q=b_q,
-            w_k=w_k,
-            b_k=b_k,
+            w_q=w_q.to(self.device),
+            b_q=None if b_q is None else b_q.to(self.device),
+            w_k=w_k.to(self.device),
+            b_k=None if b_k is None else b_k.to(self.device),
             query_norm=self._head_norm(layer, family.query_norm, shape.n_heads),
             key_norm=self._head_norm(layer, family.key_norm, shape.n_kv_heads),
             scale=float(attention.scaling),
@@ -215,7 +248,8 @@ class BaseModel:
             options = {} if kind is None else {"layer_type": kind}
             cos, sin = module(torch.zeros(1, device=self.device), positions[None], **options)
             columns = self._rotary_width(kind) // cos.shape[-1]  # 2 where a table has one column for a pair
-            self._rotary[kind] = Rotary(cos[0].float().repeat(1, columns), sin[0].float().repeat(1, columns))
+            tables = (table[0].to(self.device, torch.float32).repeat(1, columns) for table in (cos, sin))
+            self._rotary[kind] = Rotary(*tables)
         return self._rotary[kind]
 
     def _rotary_width(self, kind: str | None) -> int:
@@ -269,8 +303,8 @@ class BaseModel:
     def norm_parameters(self, module: nn.Module) -> tuple[Tensor, Tensor | None, float]:
         """Gain (D,), bias (D,) or None, and epsilon of a norm, in float32."""
         bias = cast("Tensor | None", getattr(module, "bias", None))
-        gain = cast(Tensor, module.weight).float() + self.family.gain_offset
-        return gain, None if bias is None else bias.float(), norm_epsilon(module)
+        gain = cast(Tensor, module.weight).to(self.device, torch.float32) + self.family.gain_offset
+        return gain, None if bias is None else bias.to(self.device, torch.float32), norm_epsilon(module)
 
     @cached_property
     def identity(self) -> str:

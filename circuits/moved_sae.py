@@ -68,7 +68,7 @@ def moved_output(
 ) -> Tensor:
     """(S, D): the attention output of a layer as moved features rebuild it on one recorded document."""
     attention = FrozenAttention(
-        model.attention_weights(layer),
+        model.attention_weights(layer).to(model.device),
         recording.patterns[layer],
         recording.attention_norms[layer],
         recording.post_norm(layer, mlp=False),

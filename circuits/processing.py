@@ -76,7 +76,7 @@ def _lost(base: BaseModel, layer: int, processing: Processing, like: Tensor) -> 
     """What z of a layer has lost, (H x E,): its value biases, with what the norm's bias became of them."""
     if base.family.sinks is not None:
         raise CircuitsError(f"{base.name}: value biases cannot be unfolded where patterns do not sum to one")
-    weights, shape = base.attention_weights(layer), base.shape
+    weights, shape = base.attention_weights(layer).to(base.device), base.shape
     values = torch.zeros(shape.n_kv_heads, shape.d_head, device=base.device)
     if weights.b_v is not None:
         values = values + weights.b_v

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from circuits.frozen import FrozenAttention
-from circuits.kernels.attend import push_values
 from circuits.linearize import LinearizedModel
 from circuits.nodes import NodeTable, Write
 
@@ -123,8 +122,7 @@ class PushedParts:
         skip, attention = self.linear.skip_at(depth), self.linear.passing_at(depth)
         made = None if skip is None else skip.push(x, places)
         if attention is not None:
-            values = push_values(attention.norm.apply(x, places), attention.weights.w_v, attention.n_heads)
-            y = _from_values(attention, values, places)
+            y = _from_values(attention, attention.values(x, places), places)
             made = y if made is None else made + y
         if made is not None:
             x += made

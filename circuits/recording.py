@@ -28,6 +28,11 @@ class NormRecord:
     scale: Tensor
     centred: bool
 
+    def to(self, device: torch.device) -> "NormRecord":
+        """The same on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return NormRecord(self.gain.to(device), bias, self.scale.to(device), self.centred)
+
     def apply(self, x: Tensor, positions: Tensor | slice, *, gain: bool = True) -> Tensor:
         """The linear part on vectors (n, ..., D) that stand at `positions`: no norm bias."""
         if self.centred:
@@ -98,7 +103,7 @@ class Recording:
 
     def logits(self, model: BaseModel, position: int) -> Tensor:
         """Logits (V,) at one position, without a final soft cap."""
-        return torch.mv(model.unembedding.float(), self.resid_final[position])
+        return model.unembed(self.resid_final[position])
 
 
 @torch.no_grad()
@@ -108,21 +113,21 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
     Blocks stored in half precision are cast up one at a time, so the recording is a float32 computation
     whatever the weights are stored in.
     """
-    family, blocks = model.family, model.blocks
+    family, blocks, home = model.family, model.blocks, model.device
     kept: dict[str, list[Tensor]] = defaultdict(list)
     handles = []
 
     def before(module: nn.Module, name: str) -> None:
         handles.append(
             module.register_forward_pre_hook(
-                lambda _, args, kwargs: kept[name].append(_first(args, kwargs)[0].clone()), with_kwargs=True
+                lambda _, args, kwargs: kept[name].append(_first(args, kwargs)[0].to(home, copy=True)), with_kwargs=True
             )
         )
 
     def after(module: nn.Module, name: str) -> None:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
-            kept[name].append((output[0] if output.ndim == 3 else output).clone())
+            kept[name].append((output[0] if output.ndim == 3 else output).to(home, copy=True))
 
         handles.append(module.register_forward_hook(keep))
 
@@ -135,7 +140,7 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         for path in filter(None, (family.attention_post_norm, family.mlp_post_norm)):
             before(part(block, path), path)
     before(part(model.lm, family.final_norm), "final")
-    inside = _Layers(len(blocks))
+    inside = _Layers(len(blocks), home)
     embedding_module = part(model.lm, family.embedding)
     wanted = [f"{name}.{layer}" for name in ("q", "k", "pattern") for layer in range(len(blocks))]
     try:
@@ -167,7 +172,7 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         attn_before=torch.stack(before_post) if before_post else None,
         mlp_post_norms=norms(family.mlp_post_norm, kept[family.mlp_post_norm or ""]),
         final_norm=_norm(model, part(model.lm, family.final_norm), kept["final"][0]),
-        resid_final=output.last_hidden_state[0].float(),
+        resid_final=output.last_hidden_state[0].to(home, torch.float32),
         **stacked,
     )
 
@@ -178,16 +183,16 @@ class _Layers(dict[str, Tensor]):
     Patterns of a long prompt are many times the rest of the recording: no layer of them is held twice.
     """
 
-    def __init__(self, n_layers: int) -> None:
+    def __init__(self, n_layers: int, home: torch.device) -> None:
         super().__init__()
-        self.n_layers = n_layers
+        self.n_layers, self.home = n_layers, home
         self.all: dict[str, Tensor] = {}
 
     def __setitem__(self, site: str, value: Tensor) -> None:
         name, _, layer = site.partition(".")
         if layer.isdigit():  # "q.0:none" is "q.0" under another name
             if name not in self.all:
-                self.all[name] = room((self.n_layers, *value.shape[1:]), value.device)
+                self.all[name] = room((self.n_layers, *value.shape[1:]), self.home)
             self.all[name][int(layer)] = value[0]
 
 

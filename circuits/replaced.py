@@ -80,7 +80,7 @@ def rebuild(parts: Sequence[tuple[Dictionary, Encoded]], site: Site) -> Tensor:
         bias = dictionary.output_bias(site)
         y = y if bias is None else y + bias
         if dictionary.skip is not None and site == dictionary.writes[0]:
-            y = y + x @ dictionary.skip.T
+            y = y + (x.to(dictionary.skip) @ dictionary.skip.T).to(y)
         total = y if total is None else total + y
     assert total is not None
     return total
@@ -176,8 +176,9 @@ class ReplacedRun:
 
     def _changed(self, site: Site, value: Tensor, passed: Tensor | None = None) -> Tensor:
         """What takes the place of `value` (C, S, D) at a site; the first position stays."""
+        there, value = value.device, value.to(self.model.device)
         if self.zero:
-            changed = torch.zeros_like(value) if passed is None else passed.clone()
+            changed = torch.zeros_like(value) if passed is None else passed.to(value.device, copy=True)
         else:
             writers = [d for d in self.dictionaries if any(_same_output(site, write) for write in d.writes)]
             for dictionary in writers:
@@ -187,7 +188,7 @@ class ReplacedRun:
             own = next(write for d in writers for write in d.writes if _same_output(site, write))
             changed = rebuild(parts, own).view_as(value).to(value.dtype)
         changed[:, 0] = value[:, 0]
-        return changed
+        return changed.to(there)
 
     def _encode(self, dictionary: Dictionary, value: Tensor) -> Encoded:
         """A dictionary's features; one that reads the very output that is being changed reads `value`."""

@@ -122,6 +122,5 @@ def _own_output(attention: FrozenAttention, values: Tensor, positions: Tensor) -
 def _own_readers(attention: FrozenAttention, u: Tensor, positions: Tensor) -> Tensor:
     """Readers (B, H, E) of the head outputs as covectors (B, D) of `resid_pre` at the same positions."""
     own = attention.pattern[:, positions, positions].T.unsqueeze(-1) * u
-    w_v = attention.weights.w_v
-    own = own.view(len(u), len(w_v), -1, u.shape[2]).sum(2)
-    return attention.norm.pull(own.flatten(1) @ w_v.flatten(0, 1), positions)
+    own = own.view(len(u), len(attention.weights.w_v), -1, u.shape[2]).sum(2)
+    return attention.pull_value_readers(own.flatten(1), positions)[0]

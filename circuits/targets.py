@@ -152,7 +152,7 @@ def _describe(
     for token_id in named:
         if not 0 <= token_id < model.shape.vocabulary:
             raise CircuitsError(f"target token id {token_id} is not in the vocabulary of {model.shape.vocabulary}")
-    rows = model.unembedding[named].float()
+    rows = model.unembedding_rows(named)
     texts = token_texts(model, named)
     if isinstance(target, TokenDifference):
         return rows[0] - rows[1], target.token_id, " minus ".join(texts), float("nan")

@@ -204,7 +204,7 @@ def _patterns(
     changed = outcome.features.view(len(order), 3, -1)[own, :, own].double()
     open_change = changed[:, 0] - outcome.baseline_features.double()
     shut_change = changed[:, 2] - changed[:, 1]
-    return heads.weight[order].astype(np.float64), (shut_change - open_change).numpy()
+    return heads.weight[order].astype(np.float64), (shut_change - open_change).cpu().numpy()
 
 
 def _mask(sweep: Sweep, number: np.ndarray) -> np.ndarray:

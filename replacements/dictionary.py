@@ -153,6 +153,18 @@ class Dictionary:
         found: Rows = self.__dict__["_encoder"]
         return found
 
+    def place(self, device: torch.device) -> None:
+        """Move to a device what encodes, and the skip connection.
+
+        What is small and meets tensors of the whole model stays: output biases, and how features move. Whatever a
+        dictionary gives is where the tensors are that it was given.
+        """
+        self.b_enc = self.b_enc.to(device)
+        self.threshold = None if self.threshold is None else self.threshold.to(device)
+        self.skip = None if self.skip is None else self.skip.to(device)
+        if self.is_held:
+            self.W_enc = self.W_enc.to(device)
+
     @property
     def is_held(self) -> bool:
         """Whether the encoder is in memory."""
@@ -187,13 +199,13 @@ class Dictionary:
 
     def _pre_activations(self, x: Tensor, parts: Iterator[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
         """Pre-activations (T, f, r) of blocks of features, moved where the dictionary has patterns of its own."""
-        patterns = self.moved_by.patterns(x) if isinstance(self.moved_by, OwnAttention) else None
+        own = self.moved_by if isinstance(self.moved_by, OwnAttention) else None
+        patterns = None if own is None else own.patterns(x.to(own.W_q)).to(x)
         for block, weights in parts:
             bias = self.b_enc[block.start * self.rank : block.stop * self.rank]
             pre = torch.addmm(bias, x, weights.T).view(len(x), -1, self.rank)
-            if patterns is not None:
-                assert isinstance(self.moved_by, OwnAttention)
-                pre = mix(patterns, pre, self.moved_by.group[block])
+            if own is not None and patterns is not None:
+                pre = mix(patterns, pre, own.group[block].to(x.device))
             yield block, pre
 
     def move(self, active: Active, pattern: Tensor) -> Active:
@@ -216,19 +228,23 @@ class Dictionary:
         return Active(positions, features, size, size.clone(), arrived / size.unsqueeze(1))
 
     def encoder_rows(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
-        """(n, d_read): `encoder_rows @ x + encoder_bias` is the pre-activation. `directions` (n, r) for rank r > 1."""
+        """(n, d_read), where `features` are: `encoder_rows @ x + encoder_bias` is the pre-activation.
+
+        `directions` (n, r) for rank r > 1.
+        """
         index = self._rows(features)
-        rows = read(self.encoder, index.flatten(), self.b_enc.device)
+        rows = read(self.encoder, index.flatten(), features.device)
         return _along(rows.view(*index.shape, self.d_read), directions)
 
     def encoder_bias(self, features: Tensor, directions: Tensor | None = None) -> Tensor:
         """(n,)."""
-        return _along(self.b_enc[self._rows(features).to(self.b_enc.device)].unsqueeze(-1), directions).squeeze(-1)
+        bias = self.b_enc[self._rows(features).to(self.b_enc.device)].to(features.device)
+        return _along(bias.unsqueeze(-1), directions).squeeze(-1)
 
     def decoder_rows(
         self, features: Tensor, site: Site, directions: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
-        """(n, d_write) float32: what one unit of each feature writes to `site`. Only these rows are read.
+        """(n, d_write) float32, where `features` are: what one unit of each writes to `site`. Only these rows are read.
 
         `out` (n, d_write) is where they may be put, where they come as they are: see what is returned.
         """
@@ -240,7 +256,7 @@ class Dictionary:
         decoder = self.decoders[site]
         place = out if self.rank == 1 and out is not None and out.device.type == "cpu" else None
         index = self._rows(features.cpu()).flatten()
-        rows = decoder.rows.rows(index, column=decoder.column, out=place).to(self.b_enc.device)
+        rows = decoder.rows.rows(index, column=decoder.column, out=place).to(features.device)
         return _along(rows.view(len(features), self.rank, rows.shape[-1]), directions)
 
     def _rows(self, features: Tensor) -> Tensor:

@@ -60,9 +60,9 @@ def _span(encoder: Rows, first: int, last: int, device: torch.device) -> Tensor:
 
 
 def read(encoder: Rows, index: Tensor, device: torch.device) -> Tensor:
-    """The rows `index` (n,) of an encoder; those of a file are read once each."""
+    """The rows `index` (n,) of an encoder, on a device; those of a file are read once each."""
     if isinstance(encoder, HeldTensor):
-        return encoder.tensor[index.to(encoder.tensor.device)]
+        return encoder.tensor[index.to(encoder.tensor.device)].to(device)
     unique, inverse = torch.unique(index.cpu(), return_inverse=True)
     return encoder.rows(unique).to(device)[inverse.to(device)]
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,7 +25,13 @@ PAIRS = 5
 @graph_model_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the explanation as JSON too.")
 def command(
-    graph: Path, what: str | None, model: str | None, replacements: tuple[str, ...], device: str, output: Path | None
+    graph: Path,
+    what: str | None,
+    model: str | None,
+    replacements: tuple[str, ...],
+    device: str,
+    device_map: Any,
+    output: Path | None,
 ) -> None:
     """Explain WHAT in a saved GRAPH: a node, or an edge as SOURCE->TARGET. Default: its strongest output.
 
@@ -45,7 +51,7 @@ def command(
     subject_of(loaded, what)  # before the model is loaded for nothing
     quiet_libraries()
     with progress_bar("explaining"):
-        found = model_of(loaded, model, replacements or None, device=device)
+        found = model_of(loaded, model, replacements or None, device=device, device_map=device_map)
         explanation = explain(found, loaded, what)
     if output is not None:
         from circuits.graph.formats.whole_file import write_whole

@@ -169,7 +169,7 @@ def _loaded(options: dict[str, Any]) -> "tuple[Model, Prompt]":
     from circuits.prompt import prepare
 
     places = options["model"], options["replacements"] or None
-    held = {"device": options["device"], "dtype": options["dtype"]}
+    held = {name: options[name] for name in ("device", "dtype", "device_map")}
     if options["graph"] is not None:
         graph = Graph.load(options["graph"])
         model = model_of(graph, *places, **held)

@@ -56,7 +56,11 @@ def command(feature: str, **options: Any) -> None:
     quiet_libraries()
     with progress_bar("loading"):
         model = load(
-            options["model"], options["replacements"] or None, device=options["device"], dtype=options["dtype"]
+            options["model"],
+            options["replacements"] or None,
+            device=options["device"],
+            dtype=options["dtype"],
+            device_map=options["device_map"],
         )
     with progress_bar("multiplying"):
         lists = _lists(model, feature, options)

@@ -1,6 +1,7 @@
 """`circuits trace`: from a prompt to files."""
 
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,11 @@ def command(**options: Any) -> None:
     quiet_libraries()
     with progress_bar("loading"):
         model = load(
-            options["model"], options["replacements"] or None, device=options["device"], dtype=options["dtype"]
+            options["model"],
+            options["replacements"] or None,
+            device=options["device"],
+            dtype=options["dtype"],
+            device_map=options["device_map"],
         )
     prompt = _prompt(model, wanted)
     with progress_bar("sweeping") as progress:
@@ -143,6 +148,7 @@ def quiet_libraries() -> None:
     quiet: Any = logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    getLogger("accelerate").setLevel("ERROR")
 
 
 def _formats(text: str) -> list[str]:

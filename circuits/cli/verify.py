@@ -39,7 +39,13 @@ def command(graph: Path, **options: Any) -> None:
 
     quiet_libraries()
     with progress_bar("loading"):
-        model = model_of(loaded, options["model"], options["replacements"] or None, device=options["device"])
+        model = model_of(
+            loaded,
+            options["model"],
+            options["replacements"] or None,
+            device=options["device"],
+            device_map=options["device_map"],
+        )
     with progress_bar("ablating") as progress:
         verified = verify(
             model, loaded, nodes=options["nodes"], seed=options["seed"], mode=options["mode"], progress=progress
