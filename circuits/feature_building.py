@@ -95,7 +95,8 @@ def _dictionaries_to_build(db: Connection, path: Path, model: Model, again: bool
             if stored is not None and stored.hash != replacement.identity:
                 raise CircuitsError(
                     f"{path}: has pages of {dictionary.name} of another replacement, {stored.replacement} (hash "
-                    f"{stored.hash[:12]}), than {replacement.name} (hash {replacement.identity[:12]}); name another file"
+                    f"{stored.hash[:12]}), than {replacement.name} (hash {replacement.identity[:12]}); name another "
+                    "file"
                 )
             if stored is None or again:
                 found.append(dictionary)

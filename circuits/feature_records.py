@@ -121,9 +121,9 @@ def automatic_label(record: Record, words: Words) -> str:
 
 
 def _shown(text: str) -> str:
-    """A token without the space before it; what would then not be seen, in quotes."""
+    """A token without the space before it; punctuation and what would not be seen in quotes."""
     bare = text.strip()
-    return bare if bare and bare.isprintable() else repr(text)
+    return bare if any(letter.isalnum() for letter in bare) and bare.isprintable() else repr(bare or text)
 
 
 def tidy(label: str) -> str:

@@ -15,9 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from circuits.errors import CircuitsError
 from circuits.feature_records import AUTOMATIC, PERSON, Page, Record, Words, page_of, tidy
 from circuits.graph import Graph
+from circuits.labels import Found, Progress
 from circuits.store_file import opened, packed, transaction
 from circuits.store_rows import (
     Stored,
@@ -76,7 +79,7 @@ class FeatureStore:
             if dictionary not in known:
                 raise CircuitsError(f"{self.path}: no pages of {dictionary!r}; there are {', '.join(sorted(known))}")
             count = known[dictionary].features
-            raise CircuitsError(f"{self.path}: no page of feature {feature} of {dictionary}, which has {count} features")
+            raise CircuitsError(f"{self.path}: no page of feature {feature}; {dictionary} has {count} features")
         return found[dictionary, feature]
 
     def pages(self, wanted: Iterable[tuple[str, int]] | Graph) -> dict[tuple[str, int], Page]:
@@ -138,10 +141,20 @@ class FeatureStore:
                         place = db.execute("SELECT coalesce(max(written), 0) + 1 FROM labels").fetchone()[0]
                         db.execute("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", (*key, text, place))
 
-    def graph_labels(self, graph: Graph) -> dict[tuple[str, int], str]:
-        """Labels of a graph's features by (dictionary, feature), as `circuits.labels.label` asks for them."""
+    def graph_labels(self, graph: Graph, progress: Progress | None = None) -> Found:
+        """Labels of a graph's features, as `circuits.labels.label` asks for them.
+
+        Raises
+        ------
+        CircuitsError
+            The graph was traced with another model, or with other dictionaries of the same name.
+        """
         self.check_graph(graph)
-        return self.labels(_features_of(graph))
+        names, features = graph.nodes.dictionary.tolist(), graph.nodes.feature.tolist()
+        wanted = {node: (names[node], features[node]) for node in np.flatnonzero(graph.nodes.is_feature).tolist()}
+        known = self.labels(set(wanted.values()))
+        found = {node: known[key] for node, key in wanted.items() if known[key]}
+        return Found(found, len(wanted))
 
     def check_graph(self, graph: Graph) -> None:
         """Refuse a graph of another model, or of other dictionaries of the same name; those that are not here may be.
@@ -156,8 +169,8 @@ class FeatureStore:
             own, known = about(db, self.path, "model"), stored_dictionaries(db, self.path)
         if traced.get("hash") != own.get("hash"):
             raise CircuitsError(
-                f"{self.path}: has pages of the model {own.get('name')} (hash {str(own.get('hash'))[:12]}); the graph was "
-                f"traced with {traced.get('name', '?')} (hash {str(traced.get('hash', '?'))[:12]})"
+                f"{self.path}: has pages of the model {own.get('name')} (hash {str(own.get('hash'))[:12]}); the graph "
+                f"was traced with {traced.get('name', '?')} (hash {str(traced.get('hash', '?'))[:12]})"
             )
         for replacement in graph.metadata.get("replacements", ()):
             for name in replacement.get("dictionaries", ()):
@@ -192,6 +205,20 @@ def default_store() -> FeatureStore | None:
         if path.is_file():
             return FeatureStore(path)
     return None
+
+
+def store_of(graph: Graph, path: Path | None = None) -> FeatureStore | None:
+    """The store at `path`, else that of the embedded default if it has pages of the graph's dictionaries."""
+    if path is not None:
+        return FeatureStore(path)
+    store = default_store()
+    if store is None or not set(graph.nodes.dictionary[graph.nodes.is_feature].tolist()) & set(store.dictionaries()):
+        return None
+    try:
+        store.check_graph(graph)
+    except CircuitsError:
+        return None
+    return store
 
 
 def own_path() -> Path:

@@ -35,7 +35,8 @@ CREATE TABLE chunks (
 CREATE TABLE documents (number INTEGER PRIMARY KEY, tokens BLOB NOT NULL);
 CREATE TABLE texts (number INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE);
 CREATE TABLE labels (
-    dictionary TEXT NOT NULL, feature INTEGER NOT NULL, author TEXT NOT NULL, label TEXT NOT NULL, written INTEGER NOT NULL,
+    dictionary TEXT NOT NULL, feature INTEGER NOT NULL, author TEXT NOT NULL, label TEXT NOT NULL,
+    written INTEGER NOT NULL,
     PRIMARY KEY (dictionary, feature, author)
 ) WITHOUT ROWID;
 """
