@@ -67,7 +67,7 @@ def build_features(
         chosen = _dictionaries_to_build(db, path, model, again)
         if chosen:
             db.execute("PRAGMA journal_mode = WAL")
-            work = Work(db, path, model, source, settings, chosen, every, progress)
+            work = Work(db, path, model, source.from_start(), settings, chosen, every, progress)
             _begin(work)
             _first_pass(work)
             gathered = _restored(work)
@@ -98,7 +98,7 @@ def _dictionaries_to_build(db: Connection, path: Path, model: Model, again: bool
                     f"{stored.hash[:12]}), than {replacement.name} (hash {replacement.identity[:12]}); name another "
                     "file"
                 )
-            if stored is None or again:
+            if stored is None or again or not stored.tokens_seen:
                 found.append(dictionary)
     return tuple(found)
 

@@ -8,7 +8,7 @@ a feature's own:
 
 (for patterns of a feature's own, to its pre-activation less the encoder's bias; `a_f[key]` is then what the encoder
 reads at the key, which has no gate). Keys before the window count together as key -1. Moves are told for queries with
-at least `TOLD` of the window's strongest; all numbers to a thousandth of the largest beside them.
+at least `TOLD` of the window's strongest; all numbers to the third significant digit of the largest beside them.
 
 Letters of shapes: S positions of a document, W of a window, H heads, r rank.
 """

@@ -16,7 +16,7 @@ from circuits.feature_work import Work
 from circuits.prompt import token_texts
 from circuits.replacements.dictionary import Replacement
 from circuits.store_file import packed
-from circuits.store_rows import add_texts, forget_unused, write_records
+from circuits.store_rows import add_texts, forget_unused, next_document, write_records
 from circuits.strongest import Ints
 
 COMPARED = 1 << 16  # features of a build that are compared with those of every dictionary, not of their own alone
@@ -100,7 +100,7 @@ def _examples(work: Work, name: str) -> dict[int, list[Any]]:
 
 def _write_documents(work: Work, tokens: set[int]) -> dict[int, int]:
     """Put documents behind those that the store has; returns the number of the text of each token id."""
-    shift = 1 + (work.db.execute("SELECT max(number) FROM documents").fetchone()[0] or 0)
+    shift = next_document(work.db)
     work.keep("shift", shift)
     used = [number for (number,) in work.db.execute("SELECT number FROM work_documents ORDER BY number")]
     read = "SELECT tokens FROM work_documents WHERE number = ?"

@@ -15,7 +15,7 @@ import torch
 from circuits.errors import CircuitsError
 from circuits.feature_inputs import Documents, reads_heads
 from circuits.replacements.dictionary import Dictionary
-from circuits.strongest import Histograms, Ints, Strongest, draws
+from circuits.strongest import Histograms, Ints, Strongest, coarse, draws
 
 QUANTILES = 5
 DRAWN = 4  # places a quantile that are kept, of which some may turn out to be shown already
@@ -108,7 +108,7 @@ class Gathered:
         self, features: Ints, values: npt.NDArray[np.float64], documents: Ints, positions: Ints
     ) -> None:
         """The strongest place of each document."""
-        keys = np.abs(values)
+        keys = coarse(np.abs(values))
         could = np.flatnonzero(self.top.could_enter(features, keys))
         order = could[np.lexsort((positions[could], -keys[could], documents[could], features[could]))]
         pair = np.stack([features[order], documents[order]])
@@ -179,7 +179,7 @@ def choose(gathered: Gathered) -> Chosen:
         top = _events(gathered.top, feature)
         shown = {(document, position) for _, _, document, position in top}
         found = [(0, document, position) for _, _, document, position in top]
-        sample = sorted(_events(gathered.sample, feature), key=lambda event: (event[1], event[2], event[3]))
+        sample = sorted(_events(gathered.sample, feature), key=lambda event: (_coarse(event[1]), *event[2:]))
         groups: dict[int, list[tuple[float, int, int]]] = {}
         for rank, (key, _, document, position) in enumerate(sample):
             group = rank * QUANTILES // len(sample) + 1
@@ -190,6 +190,10 @@ def choose(gathered: Gathered) -> Chosen:
         rows += [(feature, number, *example) for number, example in enumerate(found)]
     columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
     return Chosen(*columns)
+
+
+def _coarse(value: float) -> float:
+    return float(coarse(np.array([value]))[0])
 
 
 def _events(kept: Strongest, feature: int) -> list[tuple[float, float, int, int]]:

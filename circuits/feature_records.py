@@ -35,7 +35,7 @@ class Words:
 
 
 def rounded(values: Sequence[float], scale: float) -> list[float]:
-    """Values to a thousandth of `scale`, the largest that they stand beside."""
+    """Values to the third significant digit of `scale`, the largest that they stand beside."""
     if not scale or not isfinite(scale):
         return [0.0 for _ in values]
     digits = 3 - ceil(log10(abs(scale)) + 1e-9)

@@ -28,6 +28,7 @@ from circuits.store_rows import (
     add_texts,
     damaged,
     labels_of,
+    next_document,
     read_records,
     stored_dictionaries,
     words_of,
@@ -186,7 +187,7 @@ class FeatureStore:
         with opened(self.path, "rw") as db, transaction(db):
             given = {(dictionary, feature): record for feature, record in records.items()}
             numbers = add_texts(db, words.texts)
-            place = 1 + (db.execute("SELECT max(number) FROM documents").fetchone()[0] or 0)
+            place = next_document(db)
             moved = {document: place + i for i, document in enumerate(sorted(words.documents))}
             for document, at in moved.items():
                 tokens = packed([numbers[words.texts[number]] for number in words.documents[document]])

@@ -15,7 +15,8 @@ from circuits.errors import CircuitsError
 from circuits.graph import Graph
 from circuits.graph.formats.whole_file import write_whole
 from circuits.labels import Found, Progress
-from circuits.neuronpedia import Server, Unreachable, source_of
+from circuits.neuronpedia import Server, source_of
+from circuits.web import Unreachable
 
 BATCH = 100  # features in one question
 PREFERRED = "np_max-act-logits"  # the kind of explanation that Neuronpedia's own graph viewer prefers

@@ -101,6 +101,11 @@ def add_texts(db: sqlite3.Connection, texts: Mapping[int, str]) -> dict[str, int
     return found
 
 
+def next_document(db: sqlite3.Connection) -> int:
+    """The first free number of a document."""
+    return int(db.execute("SELECT coalesce(max(number) + 1, 0) FROM documents").fetchone()[0])
+
+
 def forget_unused(db: sqlite3.Connection, path: Path) -> None:
     """Drop documents that no example is from."""
     used = set()

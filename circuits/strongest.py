@@ -80,6 +80,13 @@ def draws(documents: Ints, positions: Ints, features: Ints | int = 0) -> Floats:
     return (x >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
+def coarse(values: Floats) -> Floats:
+    """Values to twelve bits: those that differ by rounding alone, as the same words in two texts do, become equal."""
+    mantissa, exponent = np.frexp(values)
+    rounded: Floats = np.ldexp(np.round(mantissa * (1 << 12)), exponent - 12)
+    return rounded
+
+
 class Histograms:
     """Histograms of the activations of F features whose range is not known before.
 

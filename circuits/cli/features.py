@@ -32,7 +32,7 @@ def command() -> None:
               help="Plain text, .jsonl, .parquet or hf:NAME:SPLIT. Repeatable.")  # fmt: skip
 @click.option("--field", default="text", show_default=True, help="Field that has the text.")
 @click.option("-o", "--output", type=click.Path(path_type=Path),
-              help="The file. Default, for the embedded model: one of your own in ~/.local/share/circuits.")  # fmt: skip
+              help="The file. Default, of the embedded model: your own in ~/.local/share/circuits.")  # fmt: skip
 @click.option("--tokens", default=1_000_000, show_default=True, help="Stop after so many tokens.")
 @click.option("--window", default=128, show_default=True, help="Longest document, in tokens.")
 @click.option("--context", default=24, show_default=True, help="Tokens of an example.")
@@ -130,7 +130,12 @@ def label(dictionary: str, feature: int, label: str, store: Path | None) -> None
 @click.option("--source", help="Neuronpedia's name of the dictionary, such as 6-res-jb. Default: DICTIONARY.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="JSON lines, one a feature.")
 def export(
-    dictionary: str, features: tuple[int, ...], store: Path | None, model_id: str | None, source: str | None, output: Path
+    dictionary: str,
+    features: tuple[int, ...],
+    store: Path | None,
+    model_id: str | None,
+    source: str | None,
+    output: Path,
 ) -> None:
     """Write pages of DICTIONARY, of all its features or of FEATURES, in Neuronpedia's format."""
     from circuits.cli.console import console, progress_bar
