@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from circuits.strongest import Ints
 
@@ -56,11 +57,8 @@ def correlated(
             )
             at = sum(widths[: list(partners[number]).index(number)])
             table[np.arange(len(features)), at + features] = 0.0
-            k = min(near, table.shape[1])
-            best = np.argpartition(-table, k - 1, axis=1)[:, :k]
-            values = np.take_along_axis(table, best, axis=1)
-            order = np.lexsort((best, -values), axis=1)
-            yield number, features, np.take_along_axis(best, order, 1), np.take_along_axis(values, order, 1)
+            best = torch.from_numpy(table).topk(min(near, table.shape[1]), dim=1)
+            yield number, features, best.indices.numpy(), best.values.numpy()
 
 
 def _spread(one: Sampled, n_tokens: int) -> tuple[Floats, Floats]:

@@ -184,7 +184,7 @@ def _batches(source: DocumentSource, settings: Settings, tokens: int) -> Iterato
 
 def _keep_sample(work: Work, name: str, batch: int, entries: Entries) -> None:
     tokens = entries.documents * work.settings.window + entries.positions
-    columns = (tokens.astype("<i8"), entries.features.astype("<i8"), entries.values.astype("<f8"))
+    columns = (tokens.astype("<i8"), entries.features.astype("<i4"), entries.values.astype("<f4"))
     blob = b"".join(column.tobytes() for column in columns)
     work.db.execute("INSERT INTO work_sample VALUES (?, ?, ?)", (name, batch, blob))
 

@@ -7,8 +7,9 @@ a feature's own:
     moves[key, query] = P_f[query, key] a_f[key]        and over the keys they add up to the query's activation
 
 (for patterns of a feature's own, to its pre-activation less the encoder's bias; `a_f[key]` is then what the encoder
-reads at the key, which has no gate). Keys before the window count together as key -1. Moves are told for queries with
-at least `TOLD` of the window's strongest; all numbers to the third significant digit of the largest beside them.
+reads at the key, which has no gate). Keys before the window count together as key -1. The query side is told where it
+has at least `TOLD` of the window's strongest activation: attention leaks a little of everything to everywhere. All
+numbers are rounded to the third significant digit of the largest beside them.
 
 Letters of shapes: S positions of a document, W of a window, H heads, r rank.
 """
@@ -29,7 +30,7 @@ from circuits.replacements.dictionary import Dictionary
 from circuits.replacements.movement import HeadLoading, OwnAttention
 from circuits.strongest import Ints
 
-TOLD = 0.1
+TOLD = 0.2
 Floats = npt.NDArray[np.float64]
 
 
@@ -103,6 +104,8 @@ class _Acting:
         gated = isinstance(moved_by, OwnAttention)
         queries = values[window.span] if gated else moved[:, 0] if directions is None else np.linalg.norm(moved, axis=1)
         towards = directions[window.span] if gated and directions is not None else moved
+        strong = np.abs(queries) >= TOLD * np.abs(queries).max(initial=0.0)
+        queries = np.where(strong, queries, 0.0)
         return window, [_told(sent[window.span]), _told(queries), _moves(pattern, vectors, queries, towards, window)]
 
     def _values(self, feature: int, row: int, length: int) -> tuple[Floats, Floats | None]:
@@ -155,11 +158,11 @@ def _told(values: Floats) -> list[float]:
 
 
 def _moves(pattern: Floats, vectors: Floats, queries: Floats, towards: Floats, window: Window) -> list[Any]:
-    """[key, query, weight, ...] of the strong queries; key -1 is all keys before the window."""
+    """[key, query, weight, ...] of the queries that are told; key -1 is all keys before the window."""
     strongest = float(np.abs(queries).max(initial=0.0))
     sizes = np.linalg.norm(towards, axis=1)
     flat: list[Any] = []
-    for query in np.flatnonzero(np.abs(queries) >= TOLD * strongest if strongest else np.zeros(0)).tolist():
+    for query in np.flatnonzero(queries).tolist():
         at = window.start + query
         # A feature of rank one keeps its sign; of one with more rows, what goes along the query's direction counts.
         along = vectors[:, 0] if vectors.shape[1] == 1 else vectors @ (towards[query] / max(sizes[query], 1e-300))

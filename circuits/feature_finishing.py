@@ -163,11 +163,11 @@ def _sample(work: Work, name: str) -> tuple[Ints, Ints, Any]:
     pieces: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     query = "SELECT entries FROM work_sample WHERE dictionary = ? ORDER BY batch"
     for (blob,) in work.db.execute(query, (name,)):
-        n = len(blob) // 24
-        for piece, dtype, start in zip(pieces, ("<i8", "<i8", "<f8"), (0, 8 * n, 16 * n), strict=True):
+        n = len(blob) // 16
+        for piece, dtype, start in zip(pieces, ("<i8", "<i4", "<f4"), (0, 8 * n, 12 * n), strict=True):
             piece.append(np.frombuffer(blob, dtype, n, start))
     tokens, features, values = (np.concatenate(piece) for piece in pieces)
-    return tokens, features, values
+    return tokens, features.astype(np.int64), values.astype(np.float64)
 
 
 def _named(work: Work, partners: Sequence[Sequence[int]], found: Iterator[Any]) -> list[Near]:

@@ -100,7 +100,7 @@ def import_features(store: FeatureStore, dictionary: str, path: Path) -> int:
         try:
             feature, record = from_neuronpedia(given, words)
             written = list(_explanations(given))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CircuitsError(f"{path}: entry {number} is no feature of Neuronpedia: {_reason(error)}") from error
         if not 0 <= feature < known[dictionary].features:
             raise CircuitsError(
