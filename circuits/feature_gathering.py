@@ -15,7 +15,7 @@ import torch
 from circuits.errors import CircuitsError
 from circuits.feature_inputs import Documents, reads_heads
 from circuits.replacements.dictionary import Dictionary
-from circuits.strongest import Histograms, Ints, Strongest, coarse, draws
+from circuits.strongest import Events, Histograms, Ints, Strongest, coarse, draws
 
 QUANTILES = 5
 DRAWN = 4  # places a quantile that are kept, of which some may turn out to be shown already
@@ -94,34 +94,29 @@ class Gathered:
         documents = document + first
         self.active += np.bincount(features, minlength=len(self.active))
         self.histograms.add(features, values)
-        self._add_top(features, values, documents, positions)
-        keys = draws(documents, positions, features)
-        chosen = self.sample.could_enter(features, keys)
-        self.sample.add(*(part[chosen] for part in (features, keys, values, documents, positions)))
+        self._add_top(Events(features, coarse(np.abs(values)), values, documents, positions))
+        events = Events(features, draws(documents, positions, features), values, documents, positions)
+        self.sample.add(self.sample.strong(events))
         sampled = in_sample(documents, positions, self.settings)
         if self.heads.shape[1] and sampled.any():
             some = active.take(torch.from_numpy(np.flatnonzero(sampled)).to(active.positions.device))
             np.add.at(self.heads, features[sampled], ran.head_parts(self.dictionary, some).double().cpu().numpy())
         return Entries(documents[sampled], positions[sampled], features[sampled], values[sampled])
 
-    def _add_top(
-        self, features: Ints, values: npt.NDArray[np.float64], documents: Ints, positions: Ints
-    ) -> None:
+    def _add_top(self, events: Events) -> None:
         """The strongest place of each document."""
-        keys = coarse(np.abs(values))
-        could = np.flatnonzero(self.top.could_enter(features, keys))
-        order = could[np.lexsort((positions[could], -keys[could], documents[could], features[could]))]
-        pair = np.stack([features[order], documents[order]])
+        events = self.top.strong(events)
+        order = np.lexsort((events.positions, -events.keys, events.documents, events.features))
+        pair = np.stack([events.features[order], events.documents[order]])
         first = np.ones(len(order), dtype=bool)
         first[1:] = (pair[:, 1:] != pair[:, :-1]).any(0)
-        kept = order[first]
-        kept.sort()
-        self.top.add(*(part[kept] for part in (features, keys, values, documents, positions)))
+        self.top.add(events.take(np.sort(order[first])))
 
     def state(self) -> bytes:
         """All that is gathered."""
         file = io.BytesIO()
-        np.savez(file, **self._arrays())
+        arrays: dict[str, Any] = self._arrays()
+        np.savez(file, **arrays)
         return file.getvalue()
 
     def restore(self, state: bytes) -> None:

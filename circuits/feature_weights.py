@@ -114,7 +114,7 @@ def _unit_rows(rows_nrD: Tensor) -> Tensor:
 
 def _alike(mine_nrD: Tensor, others_msD: Tensor) -> Tensor:
     """(n, m) of features of ranks r and s."""
-    products = torch.einsum("nrd,msd->nrms", mine_nrD, others_msD)
-    if products.shape[1] == products.shape[3] == 1:
-        return products[:, 0, :, 0]
-    return products.square().sum((1, 3)).sqrt()
+    products: Tensor = torch.einsum("nrd,msd->nrms", mine_nrD, others_msD)
+    signed = products.shape[1] == products.shape[3] == 1
+    alike: Tensor = products[:, 0, :, 0] if signed else products.square().sum((1, 3)).sqrt()
+    return alike

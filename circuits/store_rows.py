@@ -125,8 +125,10 @@ def _chunk(db: sqlite3.Connection, path: Path, name: str, first: int) -> list[An
 
 def stored_dictionaries(db: sqlite3.Connection, path: Path) -> dict[str, Stored]:
     columns = "name, kind, features, replacement, hash, tokens_seen, build"
-    rows = db.execute(f"SELECT {columns} FROM dictionaries ORDER BY name").fetchall()
-    return {row[0]: Stored(*row[:-1], build=unpacked(row[-1], path)) for row in rows}
+    found = {}
+    for *head, build in db.execute(f"SELECT {columns} FROM dictionaries ORDER BY name").fetchall():
+        found[str(head[0])] = Stored(*head, build=unpacked(build, path))
+    return found
 
 
 def labels_of(

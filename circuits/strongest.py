@@ -3,6 +3,7 @@
 What is kept does not depend on how the events came in batches: a text that is stopped and gone on with gives the same.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,27 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Events:
+    """Activations, (n,) each: of which feature, how strong for the one who keeps them, how much, and where."""
+
+    features: Ints
+    keys: Floats
+    values: Floats
+    documents: Ints
+    positions: Ints
+
+    def take(self, index: npt.NDArray[Any]) -> "Events":
+        """Some of them, by mask or by index."""
+        return Events(
+            self.features[index],
+            self.keys[index],
+            self.values[index],
+            self.documents[index],
+            self.positions[index],
+        )
 
 
 class Strongest:
@@ -29,28 +51,23 @@ class Strongest:
         self.documents: Ints = np.zeros((n_features, k), np.int64)
         self.positions: Ints = np.zeros((n_features, k), np.int64)
 
-    def could_enter(self, features: Ints, keys: Floats) -> npt.NDArray[np.bool_]:
-        """(n,) which events are not too weak; most of a long text are, and need no more work."""
-        entering: npt.NDArray[np.bool_] = keys > self.keys[features, -1]
-        return entering
+    def strong(self, events: Events) -> Events:
+        """Those that are not too weak; most of a long text are, and need no more work."""
+        return events.take(events.keys > self.keys[events.features, -1])
 
-    def add(self, features: Ints, keys: Floats, values: Floats, documents: Ints, positions: Ints) -> None:
-        """Take events (n,); of equal keys the earlier event stays."""
+    def add(self, events: Events) -> None:
+        """Take events; of equal keys the earlier event stays."""
         k = self.keys.shape[1]
-        order = np.lexsort((-keys, features))
-        named, starts, counts = np.unique(features[order], return_index=True, return_counts=True)
+        order = np.lexsort((-events.keys, events.features))
+        named, starts, counts = np.unique(events.features[order], return_index=True, return_counts=True)
         rank = np.arange(len(order)) - np.repeat(starts, counts)
         kept = order[rank < k]
         row, place = np.repeat(np.arange(len(named)), np.minimum(counts, k)), k + rank[rank < k]
-        columns: dict[str, npt.NDArray[Any]] = {
-            "keys": keys, "values": values, "documents": documents, "positions": positions
-        }  # fmt: skip
         both: dict[str, npt.NDArray[Any]] = {}
-        for name, given in columns.items():
-            held = getattr(self, name)
+        for name, held in self.arrays().items():
             wide = np.full((len(named), 2 * k), -np.inf if name == "keys" else 0, held.dtype)
             wide[:, :k] = held[named]
-            wide[row, place] = given[kept]
+            wide[row, place] = getattr(events, name)[kept]
             both[name] = wide
         best = np.argsort(-both["keys"], axis=1, kind="stable")[:, :k]
         for name, wide in both.items():

@@ -221,9 +221,9 @@ def test_bad_files_are_refused(store: FeatureStore, tmp_path: Path) -> None:
     half.write_bytes(gzip.compress(json.dumps(THEIRS).encode())[:40])
     with pytest.raises(CircuitsError, match="could not be read"):
         import_features(store, "clt.0", half)
-    with pytest.raises(CircuitsError, match="no dictionary 'clt.7'"):
+    with pytest.raises(CircuitsError, match="no dictionary 'clt"):
         import_features(store, "clt.7", file)
-    with pytest.raises(CircuitsError, match="no pages of 'clt.7'"):
+    with pytest.raises(CircuitsError, match="no pages of 'clt"):
         export_features(store, "clt.7", file)
     with pytest.raises(CircuitsError, match="no page of feature 99"):
         export_features(store, "clt.0", file, [1, 99])

@@ -66,9 +66,9 @@ def test_files_that_are_no_store_are_refused(built: Path, tmp_path: Path) -> Non
         FeatureStore(later)
     half = tmp_path / "half"
     half.write_bytes(built.read_bytes()[: len(built.read_bytes()) // 2])
+    wanted = [(name, feature) for name in ("clt.0", "clt.1", "clt.2", "mtc.0", "mtc.1") for feature in range(12)]
     with pytest.raises(CircuitsError, match="damaged"):
-        for name in FeatureStore(half).dictionaries():
-            FeatureStore(half).pages([(name, feature) for feature in range(12)])
+        FeatureStore(half).pages(wanted)
 
 
 @pytest.mark.parametrize("blob", [b"", b"no zlib", packed("a text"), packed([{"examples": 3}] * 12), packed([5] * 12)])
@@ -93,7 +93,7 @@ def test_a_missing_page_is_said_to_be_missing(store: FeatureStore) -> None:
     with pytest.raises(CircuitsError, match=r"no pages of 'clt.9'.*clt.0"):
         store.page("clt.9", 0)
     for feature in (12, -1):
-        with pytest.raises(CircuitsError, match="clt.0 has 12 features"):
+        with pytest.raises(CircuitsError, match="has 12 features"):
             store.page("clt.0", feature)
     assert store.pages([("clt.0", 99), ("clt.9", 1), ("clt.0", 1)]).keys() == {("clt.0", 1)}
 
