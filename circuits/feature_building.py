@@ -24,8 +24,8 @@ from circuits.feature_store import FeatureStore
 from circuits.feature_work import TABLES, Progress, Work
 from circuits.loading import Model
 from circuits.replacements.dictionary import Dictionary
-from circuits.store_file import opened, packed, transaction
-from circuits.store_rows import about, stored_dictionaries
+from circuits.store_file import opened, transaction
+from circuits.store_rows import about, stored_dictionaries, write_dictionary, write_model
 from circuits.text import Document, DocumentSource
 
 COUNTS = ("tokens", "counted", "documents", "batch", "sampled")
@@ -80,6 +80,27 @@ def build_features(
     return FeatureStore(path)
 
 
+def empty_store(model: Model, path: str | Path) -> FeatureStore:
+    """A store for a model's dictionaries in which no feature has a page yet, for pages that come from elsewhere.
+
+    Raises
+    ------
+    CircuitsError
+        The store is there and of another model or of other replacements.
+    """
+    path = Path(path)
+    with opened(path, "rwc") as db:
+        known = stored_dictionaries(db, path)
+        chosen = _dictionaries_to_build(db, path, model, again=False)
+        with transaction(db):
+            write_model(db, model.base)
+            for replacement in model.replacements:
+                for dictionary in replacement.dictionaries:
+                    if dictionary in chosen and dictionary.name not in known:
+                        write_dictionary(db, dictionary, replacement)
+    return FeatureStore(path)
+
+
 def _dictionaries_to_build(db: Connection, path: Path, model: Model, again: bool) -> tuple[Dictionary, ...]:
     """Those that have no pages yet, or all of them; none that are others of the same name."""
     own = about(db, path, "model")
@@ -124,8 +145,7 @@ def _begin(work: Work) -> None:
                 "file"
             )
         work.keep("plan", plan)
-        name = {"name": work.model.base.name, "hash": work.model.base.identity}
-        work.db.execute("INSERT OR IGNORE INTO about VALUES ('model', ?)", (packed(name),))
+        write_model(work.db, work.model.base)
 
 
 def _first_pass(work: Work) -> None:
@@ -154,7 +174,7 @@ def _first_pass(work: Work) -> None:
             _write_down(work, at, gathered)
             work.db.execute("BEGIN IMMEDIATE")
             written = time.monotonic()
-        work.progress(min(at["tokens"], work.settings.tokens), 2 * work.settings.tokens)
+        work.report(0.0, 0.4, at["tokens"] / work.settings.tokens)
     if not at["documents"]:
         raise CircuitsError("the text has no document of at least two tokens; give more text")
     _write_down(work, {**at, "done": True}, gathered)
@@ -205,8 +225,7 @@ def _second_pass(work: Work, chosen: Sequence[Chosen]) -> None:
     """Run the documents that examples are from once more; each batch of them is written down by itself."""
     numbers = documents_of(chosen)
     each = max(1, work.settings.batch_tokens // work.settings.window)
-    done, total = int(work.kept("second") or 0), work.settings.tokens
-    for begin in range(done, len(numbers), each):
+    for begin in range(int(work.kept("second") or 0), len(numbers), each):
         some = numbers[begin : begin + each].tolist()
         ran = work.run_of([_document(work, number) for number in some])
         with transaction(work.db):
@@ -215,7 +234,7 @@ def _second_pass(work: Work, chosen: Sequence[Chosen]) -> None:
                 rows = [(dictionary.name, feature, number, json.dumps(example)) for feature, number, example in found]
                 work.db.executemany("INSERT INTO work_examples VALUES (?, ?, ?, ?)", rows)
             work.keep("second", begin + each)
-        work.progress(total + total * min(begin + each, len(numbers)) // len(numbers), 2 * total)
+        work.report(0.4, 0.8, (begin + each) / len(numbers))
 
 
 def _document(work: Work, number: int) -> Document:

@@ -14,9 +14,8 @@ from circuits.feature_records import Record, rounded, shortened
 from circuits.feature_weights import ends_of, head_loading, near_by_decoder, outputs
 from circuits.feature_work import Work
 from circuits.prompt import token_texts
-from circuits.replacements.dictionary import Replacement
 from circuits.store_file import packed
-from circuits.store_rows import add_texts, forget_unused, next_document, write_records
+from circuits.store_rows import add_texts, forget_unused, next_document, write_dictionary, write_records
 from circuits.strongest import Ints
 
 COMPARED = 1 << 16  # features of a build that are compared with those of every dictionary, not of their own alone
@@ -26,8 +25,9 @@ Near = dict[int, list[list[Any]]]
 @torch.no_grad()
 def finish(work: Work, gathered: Sequence[Gathered]) -> None:
     """Write the records of all features, the documents that their examples are from, and drop the work's tables."""
-    first = work.kept("first")
+    first, plan = work.kept("first"), work.kept("plan")
     together, decoders = _together(work), _by_decoder(work)
+    work.report(0.8, 0.9, 1.0)
     ends = Ends(work.model)
     places = ends_of(ends, work.dictionaries)
     effects = [_effects(outputs(ends, end, work.settings.outputs)) if end else {} for end in places]
@@ -36,7 +36,8 @@ def finish(work: Work, gathered: Sequence[Gathered]) -> None:
     for index, one in enumerate(gathered):
         name = one.dictionary.name
         replacement = next(r for r in work.model.replacements if one.dictionary in r.dictionaries)
-        _write_dictionary(work, one, replacement, first["counted"])
+        build = {"text": plan["text"], "settings": plan["settings"], "seed": plan["seed"]}
+        write_dictionary(work.db, one.dictionary, replacement, first["counted"], build)
         written = _examples(work, name)
         records = {}
         for feature in range(one.dictionary.n_features):
@@ -47,6 +48,7 @@ def finish(work: Work, gathered: Sequence[Gathered]) -> None:
             record["together"] = together[index].get(feature, [])
             records[name, feature] = record
         write_records(work.db, work.path, records)
+        work.report(0.9, 1.0, (index + 1) / len(gathered))
     forget_unused(work.db, work.path)
     for table in ("progress", "state", "documents", "sample", "examples"):
         work.db.execute(f"DROP TABLE work_{table}")
@@ -64,26 +66,6 @@ def _counted(one: Gathered, feature: int, tokens: int, shown: list[Any]) -> Reco
         "heads": [[head, shortened(float(weight), 3)] for head, weight in heads],
         "examples": shown,
     }
-
-
-def _write_dictionary(work: Work, one: Gathered, replacement: Replacement, tokens: int) -> None:
-    dictionary = one.dictionary
-    plan = work.kept("plan")
-    build = {"text": plan["text"], "settings": plan["settings"], "seed": plan["seed"]}
-    work.db.execute("DELETE FROM chunks WHERE dictionary = ?", (dictionary.name,))
-    work.db.execute(
-        "INSERT OR REPLACE INTO dictionaries VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            dictionary.name,
-            dictionary.kind,
-            dictionary.n_features,
-            replacement.name,
-            replacement.identity,
-            tokens,
-            packed(build),
-            packed([""] * dictionary.n_features),
-        ),
-    )
 
 
 def _examples(work: Work, name: str) -> dict[int, list[Any]]:

@@ -108,8 +108,9 @@ def head_loading(dictionary: Dictionary, feature: int, shares: Floats) -> list[l
 
 def _unit_rows(rows_nrD: Tensor) -> Tensor:
     """Rows scaled so that a feature is 1 near itself; those of a feature that writes nothing stay zero."""
-    gram = torch.einsum("nrd,nsd->nrs", rows_nrD, rows_nrD).flatten(1).norm(dim=1)
-    return rows_nrD / gram.sqrt().clamp(min=1e-30)[:, None, None]
+    gram_nrs: Tensor = torch.einsum("nrd,nsd->nrs", rows_nrD, rows_nrD)
+    size: Tensor = torch.linalg.vector_norm(gram_nrs, dim=(1, 2))
+    return rows_nrD / size.sqrt().clamp(min=1e-30)[:, None, None]
 
 
 def _alike(mine_nrD: Tensor, others_msD: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ class Work:
         """Write such a fact down."""
         self.db.execute("INSERT OR REPLACE INTO work_progress VALUES (?, ?)", (key, packed(value)))
 
+    def report(self, begin: float, end: float, share: float) -> None:
+        """Say how far the work is, of which a part goes from `begin` to `end`; the whole is shown as tokens."""
+        total = self.settings.tokens
+        self.progress(round(total * (begin + (end - begin) * min(share, 1.0))), total)
+
     def run_of(self, documents: Sequence[Document]) -> Documents:
         """Documents run for the dictionaries of this build."""
         return run_documents(self.model.base, documents, self.dictionaries)

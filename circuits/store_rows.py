@@ -7,11 +7,15 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from circuits.errors import CircuitsError
 from circuits.feature_records import AUTOMATIC, PERSON, Record, Words, automatic_label
 from circuits.store_file import packed, unpacked
+
+if TYPE_CHECKING:
+    from circuits.model import BaseModel
+    from circuits.replacements.dictionary import Dictionary, Replacement
 
 CHUNK = 64  # pages that are compressed together
 
@@ -34,6 +38,28 @@ def about(db: sqlite3.Connection, path: Path, key: str) -> dict[str, Any]:
     row = db.execute("SELECT value FROM about WHERE key = ?", (key,)).fetchone()
     found = unpacked(row[0], path) if row else {}
     return found if isinstance(found, dict) else {}
+
+
+def write_model(db: sqlite3.Connection, model: "BaseModel") -> None:
+    """Say which base model the pages are of, if nothing says so yet."""
+    name = packed({"name": model.name, "hash": model.identity})
+    db.execute("INSERT OR IGNORE INTO about VALUES ('model', ?)", (name,))
+
+
+def write_dictionary(
+    db: sqlite3.Connection,
+    dictionary: "Dictionary",
+    replacement: "Replacement",
+    tokens: int = 0,
+    build: dict[str, Any] | None = None,
+) -> None:
+    """A dictionary without pages, in the place of the one of its name; its labels stay."""
+    name, count = dictionary.name, dictionary.n_features
+    db.execute("DELETE FROM chunks WHERE dictionary = ?", (name,))
+    about_it = (name, dictionary.kind, count, replacement.name, replacement.identity, tokens)
+    labels = packed([""] * count)
+    row = (*about_it, packed(build or {}), labels)
+    db.execute("INSERT OR REPLACE INTO dictionaries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def read_records(
@@ -126,8 +152,9 @@ def _chunk(db: sqlite3.Connection, path: Path, name: str, first: int) -> list[An
 def stored_dictionaries(db: sqlite3.Connection, path: Path) -> dict[str, Stored]:
     columns = "name, kind, features, replacement, hash, tokens_seen, build"
     found = {}
-    for *head, build in db.execute(f"SELECT {columns} FROM dictionaries ORDER BY name").fetchall():
-        found[str(head[0])] = Stored(*head, build=unpacked(build, path))
+    for row in db.execute(f"SELECT {columns} FROM dictionaries ORDER BY name").fetchall():
+        name, kind, features, replacement, digest, tokens, build = row
+        found[name] = Stored(name, kind, features, replacement, digest, tokens, unpacked(build, path))
     return found
 
 

@@ -151,13 +151,28 @@ def export(
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("dictionary")
 @STORE
-def import_(file: Path, dictionary: str, store: Path | None) -> None:
-    """Read Neuronpedia's features in FILE (JSON, or JSON lines, .gz too) as pages of DICTIONARY."""
+@click.option("--model", help="For a new store: folder or hub id of the model.")
+@click.option("--replacement", "replacements", multiple=True, help="For a new store: the dictionaries, repeatable.")
+def import_(file: Path, dictionary: str, store: Path | None, model: str | None, replacements: tuple[str, ...]) -> None:
+    """Read Neuronpedia's features in FILE (JSON, or JSON lines, .gz too) as pages of DICTIONARY.
+
+    With --replacement a store is made where there is none.
+    """
     from circuits.cli.console import console
     from circuits.feature_store import FeatureStore, writable
     from circuits.neuronpedia_features import import_features
 
-    opened = FeatureStore(writable(store))
+    if replacements:
+        from circuits.cli.trace import quiet_libraries
+        from circuits.feature_building import empty_store
+        from circuits.loading import load
+
+        if store is None:
+            raise click.UsageError("name the new store with --features")
+        quiet_libraries()
+        opened = empty_store(load(model, replacements), store)
+    else:
+        opened = FeatureStore(writable(store))
     count = import_features(opened, dictionary, file)
     console.print(f"read {count} features of {dictionary} into {opened.path}", soft_wrap=True, markup=False)
 

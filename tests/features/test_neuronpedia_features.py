@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 from shelves import HOSTILE, hostile_page, tiny_store
+from test_building import SETTINGS, some_documents
+from tiny_models import CASES, build
 
 from circuits.errors import CircuitsError
+from circuits.feature_building import build_features, empty_store
 from circuits.feature_store import FeatureStore
 from circuits.neuronpedia_features import export_features, import_features
+from circuits.text import DocumentSource
 
 # As https://www.neuronpedia.org/api/feature/MODEL/SOURCE/INDEX answers, cut to the fields of schema.prisma that matter.
 THEIRS: dict[str, Any] = {
@@ -168,6 +172,23 @@ def test_what_is_written_is_what_they_have(store: FeatureStore, tmp_path: Path) 
     file.read_bytes().decode("ascii")  # Neuronpedia's loader sees escapes alone
     export_features(store, "clt.0", file, [3])
     assert [shown["tokens"] for shown in lines(file)[0]["activations"]] == [[t.replace("\ud800", "?") for t in HOSTILE]]
+
+
+def test_pages_of_a_model_that_has_none(tmp_path: Path) -> None:
+    """A new store for its dictionaries; building fills in what was not imported, and is not taken for done."""
+    model = build(CASES["gpt2_mtc"])
+    store = empty_store(model, tmp_path / "new.sqlite")
+    file = tmp_path / "feature.json"
+    file.write_text(json.dumps(THEIRS))
+    import_features(store, "clt.0", file)
+    assert store.page("clt.0", 4)["label"] == "cats and <b>dogs</b>"
+    with pytest.raises(CircuitsError, match="no page of feature 5"):
+        store.page("clt.0", 5)
+    assert empty_store(model, store.path).page("clt.0", 4)["density"] == 0.00123
+    build_features(model, DocumentSource.of(some_documents()), store.path, SETTINGS)
+    assert store.page("clt.0", 5)["tokens_seen"] > 0
+    assert store.page("clt.0", 4)["density"] != 0.00123
+    assert store.page("clt.0", 4)["label_by"] == "gpt-4o"
 
 
 def test_a_persons_label_is_not_overwritten(store: FeatureStore, tmp_path: Path) -> None:
