@@ -23,6 +23,7 @@ from circuits.graph import Graph
 from circuits.labels import Found, Progress
 from circuits.store_file import opened, packed, transaction
 from circuits.store_rows import (
+    BROKEN,
     Stored,
     about,
     add_texts,
@@ -91,7 +92,7 @@ class FeatureStore:
         with opened(self.path) as db:
             records = read_records(db, self.path, wanted)
             known, labels = stored_dictionaries(db, self.path), labels_of(db, self.path, records)
-            words = words_of(db, self.path, records.values())
+            words = words_of(db, self.path, records)
         pages = {}
         for (name, feature), record in records.items():
             text, author = labels[name, feature]
@@ -99,7 +100,7 @@ class FeatureStore:
             head["tokens_seen"] = known[name].tokens_seen
             try:
                 pages[name, feature] = page_of(record, words, head)
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+            except BROKEN as error:
                 raise damaged(self.path, name, feature) from error
         return pages
 

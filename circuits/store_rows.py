@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from circuits.model import BaseModel
     from circuits.replacements.dictionary import Dictionary, Replacement
 
+BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # what a record of another shape leads to
 CHUNK = 64  # pages that are compressed together
 
 
@@ -80,7 +81,7 @@ def read_records(
 
 def write_records(db: sqlite3.Connection, path: Path, records: Mapping[tuple[str, int], Record]) -> None:
     """Put records in their chunks, and the automatic labels in their dictionaries; inside a transaction."""
-    words = words_of(db, path, records.values())
+    words = words_of(db, path, records)
     chunks: dict[tuple[str, int], dict[int, Record]] = {}
     for (name, feature), record in records.items():
         chunks.setdefault((name, feature // CHUNK * CHUNK), {})[feature] = record
@@ -99,17 +100,20 @@ def write_records(db: sqlite3.Connection, path: Path, records: Mapping[tuple[str
         db.execute("UPDATE dictionaries SET labels = ? WHERE name = ?", (packed(labels), name))
 
 
-def words_of(db: sqlite3.Connection, path: Path, records: Iterable[Record]) -> Words:
+def words_of(db: sqlite3.Connection, path: Path, records: Mapping[tuple[str, int], Record]) -> Words:
     """The texts that records speak of."""
     documents: dict[int, list[int]] = {}
     numbers: set[int] = set()
-    for record in records:
-        for example in record["examples"]:
-            if example[1] not in documents:
-                row = db.execute("SELECT tokens FROM documents WHERE number = ?", (example[1],)).fetchone()
-                documents[example[1]] = unpacked(row[0], path) if row else []
-                numbers.update(documents[example[1]])
-        numbers.update(number for number, _ in (*record["outputs"], *record["bottom"]))
+    for key, record in records.items():
+        try:
+            for example in record["examples"]:
+                if example[1] not in documents:
+                    row = db.execute("SELECT tokens FROM documents WHERE number = ?", (example[1],)).fetchone()
+                    documents[example[1]] = unpacked(row[0], path) if row else []
+                    numbers.update(documents[example[1]])
+            numbers.update(number for number, _ in (*record["outputs"], *record["bottom"]))
+        except BROKEN as error:
+            raise damaged(path, *key) from error
     texts = {}
     for number in numbers:
         row = db.execute("SELECT text FROM texts WHERE number = ?", (number,)).fetchone()
