@@ -7,9 +7,10 @@ a feature's own:
     moves[key, query] = P_f[query, key] a_f[key]        and over the keys they add up to the query's activation
 
 (for patterns of a feature's own, to its pre-activation less the encoder's bias; `a_f[key]` is then what the encoder
-reads at the key, which has no gate). Keys before the window count together as key -1. The query side is told where it
-has at least `TOLD` of the window's strongest activation: attention leaks a little of everything to everywhere. All
-numbers are rounded to the third significant digit of the largest beside them.
+reads at the key, which has no gate). Attention leaks a little of everything to everywhere, so the query side is told
+where it has at least `TOLD` of the window's strongest activation, and a move where it has `SMALL` of it; all other keys
+of a told query, those before the window among them, count together as key -1. All numbers are rounded to the third
+significant digit of the largest beside them.
 
 Letters of shapes: S positions of a document, W of a window, H heads, r rank.
 """
@@ -30,7 +31,7 @@ from circuits.replacements.dictionary import Dictionary
 from circuits.replacements.movement import HeadLoading, OwnAttention
 from circuits.strongest import Ints
 
-TOLD = 0.2
+TOLD, SMALL = 0.2, 0.05
 Floats = npt.NDArray[np.float64]
 
 
@@ -158,7 +159,7 @@ def _told(values: Floats) -> list[float]:
 
 
 def _moves(pattern: Floats, vectors: Floats, queries: Floats, towards: Floats, window: Window) -> list[Any]:
-    """[key, query, weight, ...] of the queries that are told; key -1 is all keys before the window."""
+    """[key, query, weight, ...] of the queries that are told; key -1 is all that are not told."""
     strongest = float(np.abs(queries).max(initial=0.0))
     sizes = np.linalg.norm(towards, axis=1)
     flat: list[Any] = []
@@ -167,7 +168,9 @@ def _moves(pattern: Floats, vectors: Floats, queries: Floats, towards: Floats, w
         # A feature of rank one keeps its sign; of one with more rows, what goes along the query's direction counts.
         along = vectors[:, 0] if vectors.shape[1] == 1 else vectors @ (towards[query] / max(sizes[query], 1e-300))
         parts = pattern[at] * along
-        weights = [float(parts[: window.start].sum()), *parts[window.start : at + 1].tolist()]
+        inside = parts[window.start : at + 1]
+        told = np.where(np.abs(inside) >= SMALL * strongest, inside, 0.0)
+        weights = [float(parts.sum() - told.sum()), *told.tolist()]
         for key, weight in enumerate(rounded(weights, strongest), -1):
             if weight:
                 flat += [key, query, weight]

@@ -111,7 +111,7 @@ def _example(example: dict[str, Any], largest: float) -> Group:
             Text("query ", style=QUIET).append_text(_tokens(example["tokens"], queries, highest, QUERY_COLOUR))
         )
         for key, query, weight in sorted(example["moves"], key=lambda move: -abs(move[2]))[:SHOWN_MOVES]:
-            source = "before" if key < 0 else f'"{visible(example["tokens"][key])}"'
+            source = "other tokens" if key < 0 else f'"{visible(example["tokens"][key])}"'
             move = Text(f'{source} → "{visible(example["tokens"][query])}" ', style=QUIET).append_text(signed(weight))
             lines.append(Padding(move, (0, 0, 0, 6)))
     return Group(*lines)

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     set_threads(options.threads)
-    settings = Settings(tokens=options.tokens, top=4, per_quantile=1, outputs=6, near=5, sample=30_000)
+    settings = Settings(tokens=options.tokens, top=4, per_quantile=1, outputs=5, near=4, sample=30_000)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "books.txt"
         text.write_text(SEPARATOR.join(pieces(options.folder, options.tokens // 100)), encoding="utf-8")

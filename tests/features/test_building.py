@@ -154,8 +154,11 @@ def check_example(
             assert sum(moved) == pytest.approx(expected, abs=half(strongest) * (keys + 1))
     if isinstance(dictionary.moved_by, HeadLoading) and dictionary.rank == 1:
         for key, query, weight in example["moves"]:
-            before = sum(float(v[0]) for (s, p), v in parts.items() if p == start + query and s < start)
-            one = before if key < 0 else float(parts[start + key, start + query][0])
+            others = sum(float(v[0]) for (_, p), v in parts.items() if p == start + query)
+            told_keys = [k for k, q, _ in example["moves"] if q == query and k >= 0]
+            others -= sum(float(parts[start + k, start + query][0]) for k in told_keys)
+            one = others if key < 0 else float(parts[start + key, start + query][0])
+            assert key < 0 or abs(one) >= 0.049 * strongest / 1.01
             assert weight == pytest.approx(one, abs=half(strongest))
     return len(example["moves"])
 
