@@ -76,6 +76,7 @@ def build_features(
                 finish(work, gathered)
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.execute("PRAGMA journal_mode = DELETE")
+            db.execute("PRAGMA page_size = 1024")  # less is lost behind each chunk of pages
             db.execute("VACUUM")
     return FeatureStore(path)
 
