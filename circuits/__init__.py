@@ -12,6 +12,7 @@ if (_checkout := Path(__file__).resolve().parents[1]).joinpath("pyproject.toml")
 if TYPE_CHECKING:
     from circuits.errors import CircuitsError
     from circuits.explaining import Explanation, explain
+    from circuits.feature_store import FeatureStore
     from circuits.generation import GeneratedText, generate
     from circuits.graph import Graph, GraphError
     from circuits.interventions import Bench, Change, Outcome, PatternChange, intervene
@@ -31,6 +32,7 @@ __all__ = [
     "CircuitsError",
     "Direction",
     "Explanation",
+    "FeatureStore",
     "FeatureTarget",
     "GeneratedText",
     "Graph",
@@ -60,6 +62,7 @@ _HOMES = {
     "CircuitsError": "circuits.errors",
     "Direction": "circuits.targets",
     "Explanation": "circuits.explaining",
+    "FeatureStore": "circuits.feature_store",
     "FeatureTarget": "circuits.targets",
     "GeneratedText": "circuits.generation",
     "Graph": "circuits.graph",

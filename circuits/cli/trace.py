@@ -53,6 +53,8 @@ class _Wanted:
 @click.option("--explain", is_flag=True, help="Explain why the heads that carry the edges looked where they did.")
 @click.option("--verify", type=click.IntRange(min=0),
               help="Ablate so many of the strongest nodes, and compare with the prediction; 0: all.")  # fmt: skip
+@click.option("--features", "store", type=click.Path(path_type=Path),
+              help="Feature store that labels are taken from. Default: the embedded model's.")  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
 )
@@ -84,6 +86,8 @@ def command(**options: Any) -> None:
         _make_folder(output)
 
     from circuits.cli.console import console, progress_bar, show_graph
+    from circuits.feature_store import store_of
+    from circuits.labels import label
     from circuits.loading import load
     from circuits.tracing import trace
 
@@ -100,6 +104,8 @@ def command(**options: Any) -> None:
 
         with progress_bar("ablating") as progress:
             graph = verify(model, graph, nodes=options["verify"] or None, progress=progress)
+    if (store := store_of(graph, options["store"])) is not None:
+        graph = label(graph, store).graph
     if output is not None:
         for suffix in formats:
             graph.save(output / f"graph.{suffix}")
