@@ -1,0 +1,173 @@
+// Nodes and their names, in SVG above the edges: a shape for each kind, as in graph/formats/svg_parts.py.
+
+import { s, short, tokenText, clipped } from "./dom.js";
+import { shiftLayer } from "./edge_canvas.js";
+
+const NAME_SIZE = 10.5;
+const MOST_NAMES = 140;
+
+/** The outline of a kind's shape around the origin. */
+export function shapePath(kind, r) {
+  if (kind.startsWith("mtc")) {
+    const side = (kind === "mtc_query" ? 1.25 : -1.25) * r;
+    return `M0 ${side}L${Math.abs(side)} ${-0.75 * side}H${-Math.abs(side)}z`;
+  }
+  if (kind.startsWith("value")) {
+    const [half, wide] = [0.58 * r, r];
+    return `M0 ${-1.15 * r}l${wide} ${half} 0 ${2 * half} ${-wide} ${half} ${-wide} ${-half} 0 ${-2 * half}z`;
+  }
+  if (kind.startsWith("mlp")) return `M${-r} 0a${r} ${r} 0 1 1 ${2 * r} 0a${r} ${r} 0 1 1 ${-2 * r} 0z`;
+  if (kind.startsWith("attention")) return `M0 ${-1.2 * r}L${1.2 * r} 0 0 ${1.2 * r} ${-1.2 * r} 0z`;
+  return `M${-r} ${-r}H${r}V${r}H${-r}z`;
+}
+
+let canvasForText = null;
+
+/** How wide a text is at the size of names on the picture. */
+function widthOf(text) {
+  canvasForText ??= document.createElement("canvas").getContext("2d");
+  canvasForText.font = `${NAME_SIZE}px ${getComputedStyle(document.body).fontFamily}`;
+  return canvasForText.measureText(text).width;
+}
+
+export class NodeLayer {
+  constructor(svg) {
+    this.svg = svg;
+    this.world = s("g");
+    this.shapes = s("g");
+    this.names = s("g", { class: "names", "aria-hidden": "true" });
+    this.world.append(this.names, this.shapes);
+    svg.append(this.world);
+    this.drawn = { k: 1, x: 0, y: 0 };
+    this.elements = new Map();
+    this.tabStop = "";
+  }
+
+  /** Make the elements of all shown nodes anew, in reading order: by position, then from below. */
+  build(model, layout) {
+    this.model = model;
+    this.layout = layout;
+    this.elements.clear();
+    const inOrder = [...model.nodes].sort((a, b) => a.position - b.position || a.depth - b.depth || a.index - b.index);
+    const hit = Math.max(7, layout.slot / 2);
+    for (const node of inOrder) {
+      const [x, y, r] = [layout.x[node.index], layout.y[node.index], layout.r[node.index]];
+      const element = s(
+        "g",
+        {
+          class: `node ${node.kind}`, "data-id": node.id, tabindex: -1, role: "button", "aria-pressed": "false",
+          "aria-label": model.spokenName(node), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
+        },
+        s("circle", { class: "reach", r: hit }),
+        s("path", { d: shapePath(node.kind, r) }),
+      );
+      this.elements.set(node.id, element);
+    }
+    this.shapes.replaceChildren(...this.elements.values());
+    if (!this.elements.has(this.tabStop)) this.tabStop = inOrder.find((node) => node.kind === "logit")?.id ?? inOrder[0]?.id;
+    this.elements.get(this.tabStop)?.setAttribute("tabindex", "0");
+  }
+
+  /** Draw for a view: shapes grow with it, names stay as large as they are. */
+  settle(view) {
+    this.drawn = { ...view };
+    this.svg.style.transform = "";
+    this.world.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.k})`);
+    this.placeNames(view);
+  }
+
+  follow(view) {
+    shiftLayer(this.svg, this.drawn, view);
+  }
+
+  mark(state, hits) {
+    for (const [id, element] of this.elements) {
+      const pinned = state.isPinned(id);
+      element.classList.toggle("pinned", pinned);
+      element.classList.toggle("clicked", id === state.clicked);
+      element.classList.toggle("hit", hits.has(id));
+      if ((element.getAttribute("aria-pressed") === "true") !== pinned) {
+        element.setAttribute("aria-pressed", String(pinned));
+        element.setAttribute("aria-label", this.model.spokenName(this.model.graph.byId.get(id)));
+      }
+    }
+  }
+
+  /** Dim all nodes but those that take part in a flow; null lights all. */
+  light(flow, ends = []) {
+    this.svg.classList.toggle("dimmed", Boolean(flow));
+    for (const node of this.model.nodes) {
+      const lit = Boolean(flow) && (flow.nodes[node.index] >= 0.02 || ends.includes(node.index));
+      this.elements.get(node.id).classList.toggle("lit", lit);
+    }
+    for (const name of this.names.children) {
+      const node = this.model.graph.byId.get(name.dataset.of);
+      name.classList.toggle("lit", Boolean(flow) && (flow.nodes[node.index] >= 0.02 || ends.includes(node.index)));
+    }
+  }
+
+  /** Move the one tab stop to a node, and the focus too. */
+  focus(id) {
+    const element = this.elements.get(id);
+    if (!element) return;
+    this.elements.get(this.tabStop)?.setAttribute("tabindex", "-1");
+    this.tabStop = id;
+    element.setAttribute("tabindex", "0");
+    element.focus({ preventScroll: true });
+  }
+
+  /** Name the outputs, and as many features as there is room for, those with most influence first. */
+  placeNames(view) {
+    const { model, layout } = this;
+    const size = NAME_SIZE / view.k;
+    const taken = [];
+    for (const node of model.nodes) {
+      const r = layout.r[node.index] + 1;
+      taken.push([layout.x[node.index] - r, layout.y[node.index] - r, layout.x[node.index] + r, layout.y[node.index] + r]);
+    }
+    const free = (box) =>
+      box[0] > -20 && box[2] < layout.width + 60 / view.k &&
+      !taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1]);
+    const names = [];
+    const write = (node, x, y, text, extra = {}) =>
+      names.push(s("text", { x: x.toFixed(1), y: y.toFixed(1), "font-size": size.toFixed(2), "data-of": node.id, ...extra }, text));
+    for (const node of model.nodes.filter((other) => other.kind === "logit")) {
+      const [x, y] = [layout.x[node.index] + 3 / view.k, layout.y[node.index] - layout.r[node.index] - 4 / view.k];
+      const chance = node.probability >= 0 ? ` ${node.probability.toFixed(2)}` : "";
+      const text = clipped(tokenText(node.label), 16) + chance;
+      write(node, x, y, text, { class: "output", transform: `rotate(-40 ${x.toFixed(1)} ${y.toFixed(1)})` });
+    }
+    const features = model.nodes.filter((node) => node.isFeature && this.wantsName(node, view));
+    features.sort((a, b) => b.influence - a.influence || a.index - b.index);
+    for (const node of features.slice(0, 3 * MOST_NAMES)) {
+      if (names.length >= MOST_NAMES) break;
+      const text = model.shortName(node, 24);
+      const half = (widthOf(text) / view.k) / 2 + 1;
+      const [x, y, r] = [layout.x[node.index], layout.y[node.index], layout.r[node.index]];
+      const tall = 0.5 * size;
+      const places = [[0, r + tall + 1], [r + half + 2, 0], [-r - half - 2, 0], [0, -r - tall - 1]];
+      for (const [dx, dy] of places) {
+        const box = [x + dx - half, y + dy - tall, x + dx + half, y + dy + tall];
+        if (!free(box)) continue;
+        taken.push(box);
+        write(node, x + dx, y + dy + 0.36 * size, text, { class: model.label(node) ? "label" : "number" });
+        break;
+      }
+    }
+    this.names.replaceChildren(...names);
+  }
+
+  /** Labels always; bare numbers only of what matters, or close up. */
+  wantsName(node, view) {
+    return this.model.label(node) !== "" || view.k > 1.6 || node.influence > 0.12 * this.model.topInfluence;
+  }
+}
+
+/** A node's numbers in one line, for tooltips. */
+export function figuresLine(node) {
+  const told = [];
+  if (node.probability >= 0) told.push(`probability ${short(node.probability)}`);
+  if (node.isFeature) told.push(`activation ${short(node.activation)}`);
+  told.push(`influence ${short(node.influence)}`);
+  return told.join(" · ");
+}

@@ -1,0 +1,229 @@
+// The pane of pinned nodes: cards, one for a supernode or a node, with what passes between them.
+
+import { byId, clipped, h, percent, s } from "./dom.js";
+import { shapePath } from "./node_layer.js";
+
+const [CARD, GAP, ROW] = [30, 12, 64];
+const LETTER = 6.3;
+
+/** Supernodes and the pinned nodes that are in none. */
+export function itemsOf(model, state) {
+  const alone = state.pinned.filter((id) => !state.groupOf(id)).map((id) => ({ id, ids: [id], group: null }));
+  const groups = state.groups.map((group) => ({ id: `group ${group.name}`, ids: group.ids, group }));
+  return [...groups, ...alone].map((item) => {
+    const nodes = item.ids.map((id) => model.graph.byId.get(id));
+    const mean = (field) => nodes.reduce((sum, node) => sum + node[field], 0) / nodes.length;
+    const only = nodes[0];
+    const where = only.kind === "embedding" ? "" : ` · ${model.graph.tokenText(only.position)}`;
+    const name = item.group ? item.group.name : model.shortName(only, 26) + (only.isFeature ? where : "");
+    const width = Math.max(54, Math.min(200, [...clipped(name, 30)].length * LETTER + (item.group ? 50 : 40)));
+    return { ...item, nodes, name: clipped(name, 30), width, depth: mean("depth"), position: mean("position") };
+  });
+}
+
+/** Rows by depth, within a row by position; a row that is too wide is broken. */
+export function placeItems(items, width, nTokens) {
+  const rows = [];
+  for (const item of [...items].sort((a, b) => b.depth - a.depth || a.position - b.position)) {
+    const row = rows.at(-1);
+    const wide = row?.items.reduce((sum, other) => sum + other.width + GAP, 0) + item.width;
+    if (row && row.depth - item.depth < 0.5 && wide < width - 2 * GAP) row.items.push(item);
+    else rows.push({ depth: item.depth, items: [item] });
+  }
+  rows.forEach((row, number) => {
+    row.items.sort((a, b) => a.position - b.position);
+    let left = GAP;
+    for (const item of row.items) {
+      const wanted = GAP + (item.position / Math.max(1, nTokens - 1)) * (width - 2 * GAP - item.width);
+      item.x = Math.max(left, wanted);
+      left = item.x + item.width + GAP;
+      item.y = GAP + number * ROW;
+    }
+    let right = width - GAP;
+    for (const item of [...row.items].reverse()) {
+      item.x = Math.min(item.x, right - item.width);
+      right = item.x - GAP;
+    }
+  });
+  return { width, height: rows.length ? GAP + (rows.length - 1) * ROW + CARD + GAP : 0 };
+}
+
+/**
+ * What passes between two cards: the signed part of the target's input, its members weighted by their influence.
+ *
+ * @returns [{source, target, weight, edges}] strongest last.
+ */
+export function flowsBetween(model, items) {
+  const { graph } = model;
+  const owner = new Map(items.flatMap((item) => item.nodes.map((node) => [node.index, item])));
+  const flows = new Map();
+  for (const item of items) {
+    const weights = item.nodes.map((node) => node.influence + node.targetWeight);
+    const total = weights.reduce((sum, weight) => sum + weight, 0) || 1;
+    item.nodes.forEach((node, index) => {
+      for (const edge of model.inputs[node.index]) {
+        const source = owner.get(graph.source[edge]);
+        if (!source || source === item) continue;
+        const key = `${source.id}\n${item.id}`;
+        if (!flows.has(key)) flows.set(key, { source, target: item, weight: 0, edges: [] });
+        const flow = flows.get(key);
+        flow.weight += (Math.sign(graph.weight[edge]) * model.share[edge] * weights[index]) / total;
+        flow.edges.push(edge);
+      }
+    });
+  }
+  return [...flows.values()].sort((a, b) => Math.abs(a.weight) - Math.abs(b.weight));
+}
+
+/** The picture of the cards, with all its looks as attributes, so that it stands alone when it is exported. */
+export function drawSubgraph(model, items, flows, size, look, font) {
+  const lines = flows.filter((flow) => Math.abs(flow.weight) >= 0.003).map((flow) => drawFlow(flow, look, font));
+  const cards = items.map((item) => drawCard(item, look, font));
+  return s(
+    "svg",
+    { width: size.width, height: size.height, viewBox: `0 0 ${size.width} ${size.height}`, role: "group", "aria-label": "Pinned nodes" },
+    s("g", {}, lines.map((line) => line.path)), s("g", {}, cards), s("g", { "aria-hidden": "true" }, lines.map((line) => line.text)),
+  );
+}
+
+function drawFlow({ source, target, weight, edges }, look, font) {
+  const [x1, y1] = [source.x + source.width / 2, source.y];
+  const [x2, y2] = [target.x + target.width / 2, target.y + CARD];
+  const rise = Math.max(20, (y1 - y2) / 2);
+  const colour = weight >= 0 ? look.positive : look.negative;
+  const part = Math.min(1, Math.abs(weight));
+  const path = s("path", {
+    class: "flow", d: `M${x1} ${y1}C${x1} ${y1 - rise} ${x2} ${y2 + rise} ${x2} ${y2}`, fill: "none", stroke: colour,
+    "stroke-width": (0.8 + 6 * part ** 0.8).toFixed(2), "stroke-opacity": (0.3 + 0.6 * part ** 0.5).toFixed(2),
+  }, s("title", {}, `${source.name} → ${target.name}: ${percent(Math.abs(weight))} of the input${weight < 0 ? ", lowering it" : ""}`));
+  path.edges = edges;
+  const text = part < 0.08 ? null : s("text", {
+    x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 3.5, "font-size": 10, "font-family": font, fill: look.ink, stroke: look.paper,
+    "stroke-width": 3, "paint-order": "stroke", "text-anchor": "middle",
+  }, `${weight < 0 ? "−" : ""}${Math.round(100 * part)}%`);
+  return { path, text };
+}
+
+function drawCard(item, look, font) {
+  const [only] = item.nodes;
+  const group = item.group;
+  const selected = item.selected;
+  const attention = /attention|mtc|value/.test(only.kind) && !group;
+  const box = { width: item.width, height: CARD, rx: group ? 9 : 4, fill: look.paper, stroke: selected ? look.positive : attention ? look.attention : look.quiet, "stroke-width": selected ? 2.5 : 1.2 };
+  const text = s("text", { x: group ? 26 : 28, y: CARD / 2 + 4, "font-size": 12, "font-family": font, fill: look.ink, "font-weight": group ? 600 : 400 }, item.name);
+  const open = /^(mtc_key|value_feature)$/.test(only.kind);
+  const sign = group
+    ? s("text", { x: 15, y: CARD / 2 + 3.5, "font-size": 10, "font-family": font, "text-anchor": "middle", fill: look.quiet }, item.ids.length)
+    : s("path", {
+      d: shapePath(only.kind, 5), transform: `translate(15 ${CARD / 2})`, "stroke-width": 1.1, stroke: attention ? look.attention : look.ink,
+      fill: attention && !open ? look.attention : only.kind === "embedding" || only.kind === "logit" ? look.token : look.paper,
+    });
+  const behind = group ? s("rect", { ...box, x: 3, y: 3, fill: look.band }) : null;
+  const spoken = `${group ? `supernode of ${item.ids.length}: ` : ""}${item.name}`;
+  const card = s("g", {
+    class: "card", transform: `translate(${item.x.toFixed(1)} ${item.y})`, tabindex: 0, role: "button",
+    "aria-label": spoken, "aria-pressed": String(Boolean(selected)), "data-item": item.id,
+  }, behind, s("rect", box), s("rect", { class: "handle", width: 26, height: CARD, fill: "transparent" }), sign, text);
+  card.item = item;
+  return card;
+}
+
+export class Subgraph {
+  constructor(app, exportActions) {
+    this.app = app;
+    this.pane = byId("subgraph");
+    this.exportActions = exportActions;
+    this.form = null;
+  }
+
+  colours() {
+    const style = getComputedStyle(document.documentElement);
+    const names = ["paper", "ink", "quiet", "band", "positive", "negative", "attention", "token", "faint"];
+    return Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  }
+
+  /** The picture as it is now, at a width. */
+  picture(width) {
+    const { model, state } = this.app;
+    const items = itemsOf(model, state);
+    const size = placeItems(items, width, model.graph.tokens.length);
+    for (const item of items) item.selected = item.ids.every((id) => state.selected.includes(id));
+    const font = getComputedStyle(document.body).fontFamily.replaceAll('"', "'");
+    return { svg: drawSubgraph(model, items, flowsBetween(model, items), size, this.colours(), font), size };
+  }
+
+  draw() {
+    const { state } = this.app;
+    const empty = !state.pinned.length;
+    this.pane.classList.toggle("empty", empty);
+    const focused = document.activeElement?.dataset?.item;
+    if (empty) {
+      this.pane.replaceChildren(this.heading(), h("p", { class: "quiet" }, "Pin nodes (shift-click, or P on the keyboard) to gather them here, then group them into named supernodes."));
+      return;
+    }
+    const { svg } = this.picture(Math.max(260, this.pane.clientWidth - 24));
+    svg.addEventListener("click", (event) => this.clicked(event));
+    svg.addEventListener("keydown", (event) => this.pressed(event));
+    svg.addEventListener("pointerover", (event) => {
+      const item = event.target.closest(".card")?.item;
+      if (item && !item.group) this.app.viewport.pretendHover(item.nodes[0].index);
+    });
+    svg.addEventListener("pointerleave", () => this.app.viewport.leave());
+    this.pane.replaceChildren(this.heading(), this.actions(), h("div", { class: "cards" }, svg));
+    if (focused) [...svg.querySelectorAll(".card")].find((card) => card.dataset.item === focused)?.focus();
+  }
+
+  heading() {
+    const { pinned } = this.app.state;
+    return h("h2", {}, "Subgraph", h("small", {}, pinned.length ? `${pinned.length} pinned` : "nothing pinned"));
+  }
+
+  actions() {
+    const { state } = this.app;
+    const count = state.selected.length;
+    const form = h("form", { class: "group-form", on: { submit: (event) => {
+      event.preventDefault();
+      state.group(input.value.trim() || "supernode", [...state.selected]);
+      this.app.say(`Grouped ${count} nodes`);
+    } } });
+    const input = h("input", { type: "text", placeholder: "Name of the supernode", "aria-label": "Name of the supernode" });
+    form.append(input, h("button", { type: "submit" }, `Group ${count}`));
+    const hint = h("span", { class: "quiet" }, "Shift-click cards (or Space) to select them for a group.");
+    const unpin = h("button", { type: "button", on: { click: () => state.set({ pinned: [], groups: [], selected: [] }) } }, "Unpin all");
+    return h("div", { class: "actions" }, count ? form : hint, h("span", { class: "spring" }), unpin, this.exportActions());
+  }
+
+  toggle(item) {
+    const { state } = this.app;
+    const inside = item.ids.every((id) => state.selected.includes(id));
+    const others = state.selected.filter((id) => !item.ids.includes(id));
+    state.set({ selected: inside ? others : [...others, ...item.ids] });
+  }
+
+  clicked(event) {
+    const flow = event.target.closest(".flow");
+    if (flow) {
+      const { model } = this.app;
+      this.app.openEdge([...flow.edges].sort((a, b) => model.share[b] - model.share[a])[0]);
+      return;
+    }
+    const item = event.target.closest(".card")?.item;
+    if (!item) return;
+    if (event.shiftKey || event.target.closest(".handle")) this.toggle(item);
+    else this.open(item);
+  }
+
+  pressed(event) {
+    const item = event.target.closest(".card")?.item;
+    if (!item || !["Enter", " ", "p"].includes(event.key)) return;
+    event.preventDefault();
+    if (event.key === " ") this.toggle(item);
+    else if (event.key === "Enter") this.open(item);
+    else if (!item.group) this.app.state.pin(item.id);
+  }
+
+  open(item) {
+    if (item.group) this.app.openGroup(item.group);
+    else this.app.open(item.id);
+  }
+}
