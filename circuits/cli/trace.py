@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from circuits.prompt import Prompt
     from circuits.targets import Target
 
-FORMATS = ("json", "npz", "svg", "dot", "graphml")
+FORMATS = ("json", "npz", "svg", "html", "dot", "graphml")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class _Wanted:
 @click.option("--verify", type=click.IntRange(min=0),
               help="Ablate so many of the strongest nodes, and compare with the prediction; 0: all.")  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.html, ..."
 )
-@click.option("--format", "formats", default="json,svg", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
+@click.option("--format", "formats", default="json,svg,html", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
 @click.option("--quiet", is_flag=True, help="No tables.")
 def command(**options: Any) -> None:
     """Trace PROMPT to an attribution graph in which every step between two tokens is visible.

@@ -8,11 +8,12 @@ const SLANT = 42;
 const LETTER = 6.2; // about the width of a letter
 
 export class Axes {
-  constructor(svg) {
+  constructor(svg, graph) {
     this.svg = svg;
     this.back = s("g", { class: "axis-ground" });
     this.rows = s("g");
     this.tokens = s("g");
+    this.longest = Math.max(...graph.tokens.map((_, position) => Math.min(14, [...graph.tokenText(position)].length)));
     svg.append(this.back, this.rows, this.tokens);
   }
 
@@ -36,7 +37,6 @@ export class Axes {
       return text;
     });
     this.tokens.replaceChildren(...this.tokenTexts);
-    this.longest = Math.max(...this.tokenTexts.map((text) => [...text.label].length));
   }
 
   /** Room that tokens take below the picture, when columns have a width on the screen. */

@@ -4,8 +4,10 @@ import { h, percent, short, signed } from "./dom.js";
 import { headName, STAYS } from "./graph_data.js";
 import { heatMap, tokenLine } from "./heat_map.js";
 import { headSums } from "./model.js";
-import { barRows, block, figures, nodeButton } from "./parts.js";
+import { barRows, block, figures, long, nodeButton } from "./parts.js";
 import { qkPanel } from "./qk_panel.js";
+
+const FIRST = 8; // heads that are listed at first
 
 export function edgePanel(app, edge) {
   const { model } = app;
@@ -46,10 +48,12 @@ function headChoice(app, rows, target, title, why) {
   const below = h("div", {});
   const list = h("div", {});
   const choose = (chosen) => {
-    list.replaceChildren(barRows(sums.map((sum) => ({
+    const most = Math.abs(sums[0].weight);
+    const shown = sums.indexOf(chosen) < FIRST ? FIRST : sums.length;
+    list.replaceChildren(long(sums, shown, (some) => barRows(some.map((sum) => ({
       name: headName(sum.layer, sum.head), weight: sum.weight, note: stepsOf(app, sum), pressed: sum === chosen,
       act: sum.head > STAYS ? () => choose(sum) : undefined,
-    })), { label: title }));
+    })), { label: title, most })));
     below.replaceChildren(...(chosen ? shownHead(app, chosen, target) : []));
   };
   choose(sums.find((sum) => sum.head > STAYS && sum.head !== -1) ?? sums.find((sum) => sum.head > STAYS));

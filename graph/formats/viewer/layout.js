@@ -9,11 +9,14 @@ const SORTS = {
 export const ROW_NAMES = { embedding: "tokens", key: "key side", attention: "attention", mlp: "MLP", logit: "output" };
 const KIND_ORDER = Object.keys(SORTS);
 const LOGIT_SLOT = 21;
+const LEAST_COLUMN = 11;
+const LEAST_SCALE = 0.3;
 
-function room(nTokens) {
-  if (nTokens <= 8) return { column: 60, row: 36, slot: 26, line: 22 };
-  if (nTokens <= 24) return { column: 30, row: 28, slot: 22, line: 19 };
-  return { column: 17, row: 24, slot: 15, line: 15 };
+/** Least column and row, and a node's slot across and down, by the width that each token may have. */
+function room(width) {
+  if (width >= 90) return { column: 60, row: 36, slot: 26, line: 22 };
+  if (width >= 30) return { column: 30, row: 28, slot: 22, line: 19 };
+  return { column: 11.5, row: 24, slot: 14, line: 14.5 };
 }
 
 function cellsOf(model) {
@@ -45,13 +48,18 @@ function crossing(model) {
   return counts;
 }
 
+/** How many lines a cell has; outputs always stand in one. */
+function linesOf(cell, perLine) {
+  return cell.sort === "logit" ? 1 : Math.ceil(cell.nodes.length / perLine[cell.position]);
+}
+
 /** Rows from the top down, each with the lane for crossing edges below it. */
 function rowsOf(model, cells, perLine, space) {
   const { nLayers } = model.graph;
   const lines = new Map();
   for (const cell of cells) {
     const key = `${cell.sort} ${cell.layer}`;
-    const needed = Math.ceil(cell.nodes.length / perLine[cell.position]);
+    const needed = linesOf(cell, perLine);
     lines.set(key, Math.max(lines.get(key) ?? 0, needed));
   }
   const keyed = new Set(cells.filter((cell) => cell.sort === "key").map((cell) => cell.layer));
@@ -71,40 +79,58 @@ function rowsOf(model, cells, perLine, space) {
   });
 }
 
-/** Half the height of a node: by influence for features, small for errors. */
+/** Half the height of a node at full size: by influence for features, small for errors. */
 function radius(model, node) {
-  if (node.isError) return 2.6;
+  if (node.isError) return 2.7;
   if (!node.isFeature) return 4.6;
-  return 3.4 + 3.2 * Math.sqrt(model.topInfluence > 0 ? Math.min(1, node.influence / model.topInfluence) : 0);
+  return 3.6 + 3.2 * Math.sqrt(model.topInfluence > 0 ? Math.min(1, node.influence / model.topInfluence) : 0);
+}
+
+const summed = (numbers) => numbers.reduce((sum, number) => sum + number, 0);
+const heightOf = (rows) => summed(rows.map((row) => row.height + row.lane));
+
+/** How long the lines of cells are: as it lets the picture be largest in the room that there is. */
+function bestPacking(model, cells, space, size) {
+  let best = null;
+  for (const flatness of [3, 2, 1.4, 1, 0.7]) {
+    const perLine = new Array(model.graph.tokens.length).fill(1);
+    for (const cell of cells) {
+      if (cell.sort === "logit") continue;
+      const count = cell.nodes.length;
+      const wanted = Math.min(count, Math.ceil(Math.sqrt(flatness * count)));
+      perLine[cell.position] = Math.max(perLine[cell.position], wanted);
+    }
+    const widths = perLine.map((count) => Math.max(space.column, (count + 0.5) * space.slot));
+    const rows = rowsOf(model, cells, perLine, space);
+    const mean = summed(widths) / widths.length;
+    // Narrow columns are not made narrower than their token; the picture then reaches beyond the window.
+    const across = Math.max(size.width / summed(widths), LEAST_COLUMN / mean);
+    const scale = Math.max(LEAST_SCALE, Math.min(1, across, size.height / heightOf(rows)));
+    if (!best || scale > best.scale + 0.01) best = { perLine, widths, rows, scale };
+  }
+  return best;
 }
 
 /**
  * Place all nodes that are shown.
  *
  * @param size Room for the picture in pixels: `width`, `height`.
- * @returns Positions by index of the node (`x`, `y`, `r`), `columns`, `rows`, `width`, `height`, `slot`.
+ * @returns Positions by index of the node (`x`, `y`, `r`), `columns`, `rows`, `width`, `height`, `slot`, and the
+ *   `scale` at which it fits.
  */
 export function layoutOf(model, size) {
   const { graph } = model;
-  const space = room(graph.tokens.length);
+  const space = room(size.width / graph.tokens.length);
   const cells = cellsOf(model);
-  const perLine = new Array(graph.tokens.length).fill(1);
-  for (const cell of cells) {
-    const count = cell.nodes.length;
-    const wanted = cell.sort === "logit" ? count : Math.min(count, Math.ceil(Math.sqrt(3 * count)));
-    perLine[cell.position] = Math.max(perLine[cell.position], wanted);
-  }
-  const widths = perLine.map((count) => Math.max(space.column, (count + 0.5) * space.slot));
-  const spare = Math.max(0, size.width - widths.reduce((sum, width) => sum + width, 0)) / widths.length;
+  const { perLine, widths, rows, scale } = bestPacking(model, cells, space, size);
+  const spare = Math.max(0, size.width / scale - summed(widths)) / widths.length;
   let left = 0;
   const columns = widths.map((width, position) => {
     const column = { position, left, width: width + spare, centre: left + (width + spare) / 2 };
     left += width + spare;
     return column;
   });
-  const rows = rowsOf(model, cells, perLine, space);
-  const natural = rows.reduce((sum, row) => sum + row.height + row.lane, 0);
-  const growth = Math.min(2.6, Math.max(1, size.height / natural));
+  const growth = Math.min(4, Math.max(1, size.height / scale / heightOf(rows)));
   let top = 0;
   for (const row of rows) {
     row.top = top;
@@ -114,22 +140,27 @@ export function layoutOf(model, size) {
   }
   const n = graph.nodes.length;
   const placed = { x: new Float32Array(n), y: new Float32Array(n), r: new Float32Array(n) };
+  const larger = Math.min(2, scale ** -0.6);
   const rowOf = new Map(rows.map((row) => [`${row.sort} ${row.layer}`, row]));
   for (const cell of cells) {
     const row = rowOf.get(`${cell.sort} ${cell.layer}`);
     const column = columns[cell.position];
-    const count = Math.ceil(cell.nodes.length / perLine[cell.position]);
-    const across = cell.sort === "logit" ? Math.max(space.slot, LOGIT_SLOT) : space.slot * Math.min(1.5, growth);
-    const slot = Math.min(across, column.width / (perLine[cell.position] + 0.4));
+    const count = linesOf(cell, perLine);
+    const length = cell.sort === "logit" ? cell.nodes.length : perLine[cell.position];
+    const across = cell.sort === "logit" ? Math.max(space.slot, LOGIT_SLOT / scale) : space.slot * Math.min(1.5, growth);
+    const slot = cell.sort === "logit" ? across : Math.min(across, column.width / (length + 0.4));
     const down = Math.min(space.line * growth, (row.height - 6) / count);
+    // Many outputs would reach beyond the picture; they move to the left then.
+    const half = ((Math.min(length, cell.nodes.length) - 1) / 2) * slot;
+    const centre = Math.max(half, Math.min(column.centre, left - half - 4));
     cell.nodes.forEach((node, number) => {
-      const line = Math.floor(number / perLine[cell.position]);
-      const inLine = Math.min(perLine[cell.position], cell.nodes.length - line * perLine[cell.position]);
-      const place = number - line * perLine[cell.position];
-      placed.x[node.index] = column.centre + (place - (inLine - 1) / 2) * slot;
+      const line = Math.floor(number / length);
+      const inLine = Math.min(length, cell.nodes.length - line * length);
+      const place = number - line * length;
+      placed.x[node.index] = centre + (place - (inLine - 1) / 2) * slot;
       placed.y[node.index] = row.top + row.height / 2 + (line - (count - 1) / 2) * down;
-      placed.r[node.index] = radius(model, node);
+      placed.r[node.index] = Math.min(larger * radius(model, node), Math.max(2.4, 0.62 * Math.min(slot, down)));
     });
   }
-  return { ...placed, columns, rows, width: left, height: top, slot: space.slot };
+  return { ...placed, columns, rows, width: left, height: top, slot: space.slot, scale };
 }

@@ -15,7 +15,7 @@ export function overviewPanel(app) {
     barRows(outputs.map((node) => ({
       name: model.shortName(node), weight: node.probability >= 0 ? node.probability : node.targetWeight,
       note: node.kind === "logit" ? "" : graph.name(node), act: () => app.open(node.id),
-    })), { most: 1, label: "Outputs" }),
+    })), { most: 1, label: "Outputs", bySign: false }),
     steps.length ? block("Strongest steps between tokens", h("ul", { class: "steps" }, steps.map((edge) => stepRow(app, edge)))) : null,
     features.length ? block("Strongest features", h("ul", { class: "plain" }, features.map((node) => h("li", {},
       nodeButton(app, node), h("small", {}, `at ${graph.place(node.position)}`),

@@ -1,6 +1,6 @@
 // Pieces that several panels are made of.
 
-import { h, percent, signed } from "./dom.js";
+import { h, percent, short, signed } from "./dom.js";
 
 /** A heading with what belongs to it. */
 export function block(title, ...children) {
@@ -13,10 +13,11 @@ export function figures(pairs) {
   return h("dl", { class: "figures" }, shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
 
-/** A bar of a signed part of the largest, from the middle. */
-export function bar(part) {
-  const size = `${Math.min(50, 50 * Math.abs(part)).toFixed(1)}%`;
-  return h("span", { class: "bar", "aria-hidden": "true" }, h("i", { class: part < 0 ? "below" : "above", css: { width: size } }));
+/** A bar of a part of the largest: from the middle where there are signs, else from the left. */
+function bar(part, bySign) {
+  const size = `${(Math.min(1, Math.abs(part)) * (bySign ? 50 : 100)).toFixed(1)}%`;
+  return h("span", { class: bySign ? "bar" : "bar plain-bar", "aria-hidden": "true" },
+    h("i", { class: part < 0 ? "below" : "above", css: { width: size } }));
 }
 
 /**
@@ -24,11 +25,12 @@ export function bar(part) {
  *
  * @param rows [{name, weight, note, act, pressed}]
  */
-export function barRows(rows, { most = 0, label = "" } = {}) {
+export function barRows(rows, { most = 0, label = "", bySign = true } = {}) {
   const largest = most || Math.max(1e-12, ...rows.map((row) => Math.abs(row.weight)));
   return h("ul", { class: "bars", "aria-label": label || null }, rows.map((row) => {
     const inside = [
-      h("span", { class: "name" }, row.name), bar(row.weight / largest), h("span", { class: "value" }, signed(row.weight)),
+      h("span", { class: "name" }, row.name), bar(row.weight / largest, bySign),
+      h("span", { class: "value" }, bySign ? signed(row.weight) : short(row.weight)),
       row.note ? h("span", { class: "note" }, row.note) : null,
     ];
     if (!row.act) return h("li", {}, h("div", { class: "row" }, inside));

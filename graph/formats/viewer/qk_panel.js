@@ -26,10 +26,9 @@ export function qkPanel(app, layer, head, query, key, owner) {
       app.qkForm = form;
       body.replaceChildren(h("p", { class: "quiet" }, why), rowsOf(app, score, form));
     });
-    tab.form = form;
     return tab;
   });
-  (tabs.find((tab) => tab.form === app.qkForm) ?? tabs[0]).click();
+  tabs[Math.max(0, forms.findIndex(([form]) => form === app.qkForm))].click();
   const told =
     `${headName(layer, head)} looks from ${place(query)} at ${place(key)} with attention ${short(score.attention)}; ` +
     `its score ${short(score.score)} is ${signed(score.lead)} against the other keys’.`;

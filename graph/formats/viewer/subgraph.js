@@ -1,6 +1,7 @@
 // The pane of pinned nodes: cards, one for a supernode or a node, with what passes between them.
 
 import { byId, clipped, h, percent, s } from "./dom.js";
+import { pointAt } from "./curves.js";
 import { shapePath } from "./node_layer.js";
 
 const [CARD, GAP, ROW] = [30, 12, 64];
@@ -77,31 +78,55 @@ export function flowsBetween(model, items) {
 
 /** The picture of the cards, with all its looks as attributes, so that it stands alone when it is exported. */
 export function drawSubgraph(model, items, flows, size, look, font) {
-  const lines = flows.filter((flow) => Math.abs(flow.weight) >= 0.003).map((flow) => drawFlow(flow, look, font));
+  const taken = items.map((item) => [item.x, item.y, item.x + item.width, item.y + CARD]);
+  const shown = flows.filter((flow) => Math.abs(flow.weight) >= 0.003);
+  const lines = shown.map((flow) => drawFlow(flow, look));
+  // The strongest choose their place first.
+  const texts = [...shown].reverse().map((flow) => drawPercent(flow, taken, look, font));
   const cards = items.map((item) => drawCard(item, look, font));
   return s(
     "svg",
     { width: size.width, height: size.height, viewBox: `0 0 ${size.width} ${size.height}`, role: "group", "aria-label": "Pinned nodes" },
-    s("g", {}, lines.map((line) => line.path)), s("g", {}, cards), s("g", { "aria-hidden": "true" }, lines.map((line) => line.text)),
+    s("g", {}, lines), s("g", {}, cards), s("g", { "aria-hidden": "true" }, texts),
   );
 }
 
-function drawFlow({ source, target, weight, edges }, look, font) {
+/** The Bézier points from the top of one card to the foot of another. */
+function wayOf({ source, target }) {
   const [x1, y1] = [source.x + source.width / 2, source.y];
   const [x2, y2] = [target.x + target.width / 2, target.y + CARD];
   const rise = Math.max(20, (y1 - y2) / 2);
+  return [x1, y1, x1, y1 - rise, x2, y2 + rise, x2, y2];
+}
+
+function drawFlow(flow, look) {
+  const { source, target, weight, edges } = flow;
+  const [x1, y1, ...rest] = wayOf(flow);
   const colour = weight >= 0 ? look.positive : look.negative;
   const part = Math.min(1, Math.abs(weight));
   const path = s("path", {
-    class: "flow", d: `M${x1} ${y1}C${x1} ${y1 - rise} ${x2} ${y2 + rise} ${x2} ${y2}`, fill: "none", stroke: colour,
+    class: "flow", d: `M${x1} ${y1}C${rest.join(" ")}`, fill: "none", stroke: colour,
     "stroke-width": (0.8 + 6 * part ** 0.8).toFixed(2), "stroke-opacity": (0.3 + 0.6 * part ** 0.5).toFixed(2),
   }, s("title", {}, `${source.name} → ${target.name}: ${percent(Math.abs(weight))} of the input${weight < 0 ? ", lowering it" : ""}`));
   path.edges = edges;
-  const text = part < 0.08 ? null : s("text", {
-    x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 3.5, "font-size": 10, "font-family": font, fill: look.ink, stroke: look.paper,
-    "stroke-width": 3, "paint-order": "stroke", "text-anchor": "middle",
-  }, `${weight < 0 ? "−" : ""}${Math.round(100 * part)}%`);
-  return { path, text };
+  return path;
+}
+
+/** The share as a number on the line, where neither a card nor another number is. */
+function drawPercent(flow, taken, look, font) {
+  const part = Math.abs(flow.weight);
+  if (part < 0.08) return null;
+  for (const t of [0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8]) {
+    const [x, y] = pointAt(wayOf(flow), 0, t);
+    const box = [x - 14, y - 7, x + 14, y + 7];
+    if (taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1])) continue;
+    taken.push(box);
+    return s("text", {
+      x: x.toFixed(1), y: (y + 3.5).toFixed(1), "font-size": 10, "font-family": font, fill: look.ink, stroke: look.paper,
+      "stroke-width": 3, "paint-order": "stroke", "text-anchor": "middle",
+    }, `${flow.weight < 0 ? "−" : ""}${Math.round(100 * part)}%`);
+  }
+  return null;
 }
 
 function drawCard(item, look, font) {

@@ -4,7 +4,7 @@ import { byId, h, nextFrame } from "./dom.js";
 
 function slider(app, { id, name, field, most, title }) {
   const shown = h("output", { for: id });
-  const input = h("input", { type: "range", id, min: 0, max: most, step: 0.01, title, "aria-describedby": "counts" });
+  const input = h("input", { type: "range", id, min: 0, max: most, step: 0.01, title, "aria-label": `${name}: ${title.toLowerCase()}`, "aria-describedby": "counts" });
   const show = () => {
     input.value = String(app.state[field]);
     shown.textContent = app.state[field].toFixed(2);

@@ -9,6 +9,7 @@ import { layoutOf } from "./layout.js";
 import { figuresLine, NodeLayer } from "./node_layer.js";
 
 const REST = 110; // milliseconds without a move after which layers are painted anew
+const RIGHT = 46; // room for the slanted names of outputs
 const [LEAST, MOST] = [0.15, 14];
 
 export class Viewport {
@@ -18,7 +19,7 @@ export class Viewport {
     this.stage = byId("stage");
     this.canvas = new EdgeCanvas(byId("edges"), byId("lit-edges"));
     this.nodes = new NodeLayer(byId("nodes"));
-    this.axes = new Axes(byId("axes"));
+    this.axes = new Axes(byId("axes"), model.graph);
     this.view = { k: 1, x: 0, y: 0 };
     this.untouched = true;
     this.hits = new Set();
@@ -50,7 +51,7 @@ export class Viewport {
     if (!this.width) return;
     const outputs = this.model.nodes.filter((node) => node.kind === "logit").length;
     this.head = outputs ? 74 : 16;
-    const size = { width: this.width - LEFT - 40, height: this.height - this.head - 60 };
+    const size = { width: this.width - LEFT - RIGHT, height: this.height - this.head - this.axes.depthFor((this.width - LEFT) / this.model.graph.tokens.length) };
     this.layout = layoutOf(this.model, size);
     this.scene = {
       model: this.model, layout: this.layout, points: curvesOf(this.model, this.layout), colours: this.colours(),
@@ -66,13 +67,13 @@ export class Viewport {
   /** Show the whole picture, or where columns would become too narrow its right end, with the outputs. */
   fit() {
     const { layout } = this;
-    const roomX = this.width - LEFT - 36;
+    const roomX = this.width - LEFT - RIGHT;
     const column = layout.width / layout.columns.length;
-    const depth = this.axes.depthFor(column * Math.min(1, roomX / layout.width));
+    const depth = this.axes.depthFor(column * layout.scale);
     const roomY = this.height - this.head - depth;
-    const k = Math.max(Math.min(1, roomX / layout.width, roomY / layout.height), 12 / column, 0.3);
+    const k = Math.min(layout.scale, Math.max(0.3, roomY / layout.height));
     const left = LEFT + Math.max(0, (roomX - k * layout.width) / 2);
-    const x = k * layout.width > roomX ? this.width - 36 - k * layout.width : left;
+    const x = k * layout.width > roomX ? this.width - RIGHT - k * layout.width : left;
     this.view = { k, x, y: this.head + Math.max(0, (roomY - k * layout.height) / 2) };
     this.untouched = true;
   }

@@ -1,0 +1,106 @@
+"""A real browser for the tests of the viewer; where there is none they are skipped, and say why."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "graph")]
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Nothing that the browser itself would ask the network; as root it has no sandbox.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, one for all tests."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium; install Debian's package chromium (.ci/run does)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing; install the extra 'dev'")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+class Opened:
+    """A page with a graph in it, and everything that it has complained about or asked for."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (self.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def run(self, script: str, argument: Any = None) -> Any:
+        """The value of a script in the page."""
+        return self.page.evaluate(script, argument)
+
+    def state(self, changes: dict[str, Any]) -> None:
+        """Change the viewer's state as its controls do."""
+        self.run("(changes) => circuits.state.set(changes)", changes)
+
+    def node(self, name: str) -> Any:
+        """A node of the picture."""
+        return self.page.locator(f'#nodes [data-id="{name}"]')
+
+    @property
+    def inspector(self) -> Any:
+        """The panel at the side."""
+        return self.page.locator("#inspector")
+
+    def edge_point(self, name: str, at: float = 0.5) -> list[float]:
+        """Where on the screen an edge runs."""
+        point: list[float] = self.run(
+            """([name, t]) => {
+                const { viewport, model } = circuits;
+                const p = [...viewport.scene.points.subarray(8 * model.graph.edgeNames.get(name)).slice(0, 8)];
+                const along = (k) => (1-t)**3*p[k] + 3*(1-t)**2*t*p[k+2] + 3*(1-t)*t*t*p[k+4] + t**3*p[k+6];
+                const box = viewport.stage.getBoundingClientRect();
+                const { k, x, y } = viewport.view;
+                return [box.left + x + k * along(0), box.top + y + k * along(1)];
+            }""",
+            [name, at],
+        )
+        return point
+
+
+@pytest.fixture
+def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
+    """Opens a graph from disk; afterwards nothing may have been complained about, and nothing asked for but the file."""
+    opened: list[Opened] = []
+    contexts = []
+
+    def call(graph: Any, pages: Any = None, *, width: int = 1280, height: int = 820, scheme: str = "light", hash: str = "",
+             name: str = "graph.html") -> Opened:  # fmt: skip
+        from circuits.graph.formats.html_file import write
+
+        path = tmp_path / name
+        write(graph, path, pages)
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        context.set_default_timeout(5000)
+        contexts.append(context)
+        one = Opened(context.new_page())
+        one.page.goto(path.as_uri() + hash)
+        one.page.wait_for_function("document.querySelector('#stage').dataset.painted > 0")
+        opened.append(one)
+        return one
+
+    yield call
+    for one in opened:
+        with suppress(Exception):
+            one.page.wait_for_timeout(20)
+        assert one.complaints == []
+        outside = [url for url in one.requests if not url.startswith(("file:///", "blob:"))]
+        assert outside == []
+    for context in contexts:
+        context.close()
