@@ -1,5 +1,6 @@
 """The picture: drawn, searched, walked through with pointer and keys, and moved smoothly."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_hover_lights_what_is_up_and_downstream(show: Any) -> None:
     opened.state({"nodeThreshold": 1, "edgeThreshold": 1})
     opened.node("k1_7_1").hover()
     opened.page.wait_for_selector("#nodes.dimmed")
-    lit = set(opened.page.locator("#nodes .lit").evaluate_all("(nodes) => nodes.map((node) => node.dataset.id)"))
+    lit = set(opened.page.locator("#nodes .node.lit").evaluate_all("(nodes) => nodes.map((node) => node.dataset.id)"))
     # k1_7_1 reads token 1 and value features; through q1_7_1 it reaches a2_8_1, 2_9_1 and the output.
     assert lit == {"E_10_0", "E_11_1", "v0_5_0", "v0_error_0", "k1_7_1", "q1_7_1", "a2_8_1", "2_9_1", "3_22_1"}
     part = shares(len(graph.nodes), graph.edges.target, graph.edges.weight)
@@ -89,12 +90,12 @@ def test_click_opens_and_leaves_its_trace_in_the_address(show: Any) -> None:
     opened.page.keyboard.press("p")
     assert opened.node(name).get_attribute("aria-pressed") == "true"
     opened.state({"nodeThreshold": 0.6})
-    opened.page.wait_for_function("location.hash.includes('pruningThreshold=0.6')")
+    opened.until("location.hash.includes('pruningThreshold=0.6')")
     address = opened.run("location.hash")
     again = show(graph, hash=address)
     assert again.run("[circuits.state.clicked, circuits.state.pinned, circuits.state.nodeThreshold]") == [name, [name], 0.6]
     again.run("location.hash = '#clickedId=nobody&pruningThreshold=7&pinnedIds=x,y&supernodes=[1&linkType=up'")
-    again.page.wait_for_function("circuits.state.pinned.length === 0")
+    again.until("circuits.state.pinned.length === 0")
     assert again.run("[circuits.state.clicked, circuits.state.nodeThreshold, circuits.state.linkType]") == ["", 0.9, "both"]
 
 
@@ -140,8 +141,9 @@ def test_table(show: Any) -> None:
 
 def test_panning_a_large_graph_is_smooth(show: Any) -> None:
     """2,000 nodes and 20,000 edges, all shown, dragged for 60 frames: under 50 ms a frame."""
-    opened = show(large())
-    opened.state({"nodeThreshold": 1, "edgeThreshold": 1})
+    graph = large()
+    settings = {"node_threshold": 1.0, "edge_threshold": 1.0}  # as if it were what pruning has left
+    opened = show(replace(graph, metadata={**graph.metadata, "settings": settings}))
     assert opened.page.locator("#nodes .node").count() >= 2000
     assert opened.run("circuits.model.edges.length") >= 20000
     opened.page.wait_for_timeout(300)
@@ -179,8 +181,8 @@ def test_zoom_keeps_what_is_under_the_pointer(show: Any) -> None:
     opened.page.mouse.move(500, 400)
     for _ in range(6):
         opened.page.mouse.wheel(0, -60)
-    opened.page.wait_for_function(f"circuits.viewport.view.k > {1.5 * start['k']}")
-    opened.page.wait_for_function("circuits.viewport.nodes.drawn.k === circuits.viewport.view.k")
+    opened.until(f"circuits.viewport.view.k > {1.5 * start['k']}")
+    opened.until("circuits.viewport.nodes.drawn.k === circuits.viewport.view.k")
     box = opened.page.locator("#stage").bounding_box()
     now = opened.run("({...circuits.viewport.view})")
     for axis, at in (("x", 500 - box["x"]), ("y", 400 - box["y"])):

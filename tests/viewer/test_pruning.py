@@ -62,7 +62,7 @@ def test_sliders_prune_live(show: Any) -> None:
     slider.focus()
     for _ in range(12):
         slider.press("ArrowLeft")
-    opened.page.wait_for_function("circuits.state.nodeThreshold === 0.78")
+    opened.until("circuits.state.nodeThreshold === 0.78")
     expected = graph.prune(0.78, 0.98)
     assert 0 < len(expected.nodes) < len(graph.nodes)
     drawn = opened.page.locator("#nodes .node")
@@ -70,4 +70,4 @@ def test_sliders_prune_live(show: Any) -> None:
     names = drawn.evaluate_all("(nodes) => nodes.map((node) => node.dataset.id)")
     assert set(names) == set(expected.node_ids())
     assert opened.page.locator("#counts").text_content().startswith(f"{len(expected.nodes)} of")
-    opened.page.wait_for_function("location.hash.includes('pruningThreshold=0.78')")
+    opened.until("location.hash.includes('pruningThreshold=0.78')")

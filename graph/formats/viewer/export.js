@@ -13,8 +13,9 @@ function download(blob, name) {
 
 /** graph.json as it was, with the annotations of now: everything else to the byte. */
 export function annotatedJson(state) {
-  const text = byId("graph-data").textContent;
-  const params = JSON.stringify(state.qParams()).replaceAll("<", "\\u003c");
+  // The page writes "<" as an escape; a backslash that is itself escaped begins none.
+  const text = byId("graph-data").textContent.replace(/\\\\|\\u003c/g, (found) => (found === "\\u003c" ? "<" : found));
+  const params = JSON.stringify(state.qParams());
   return text.replace(/^"qParams": .*,$/m, () => `"qParams": ${params},`);
 }
 

@@ -2,7 +2,8 @@
 
 const TYPING = new Set(["INPUT", "SELECT", "TEXTAREA"]);
 
-export function listenToKeys(viewport, state, search) {
+export function listenToKeys(app, search) {
+  const { viewport, state } = app;
   document.addEventListener("keydown", (event) => {
     if (TYPING.has(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "/") {
@@ -20,7 +21,7 @@ export function listenToKeys(viewport, state, search) {
     const id = event.target.dataset?.id;
     if (!id || event.ctrlKey || event.metaKey || event.altKey) return;
     const node = viewport.model.graph.byId.get(id);
-    const act = actions(viewport, state, node)[event.key];
+    const act = actions(app, node)[event.key];
     if (!act) return;
     event.preventDefault();
     act();
@@ -34,11 +35,12 @@ export function listenToKeys(viewport, state, search) {
   viewport.nodes.svg.addEventListener("focusout", () => viewport.leave());
 }
 
-function actions(viewport, state, node) {
+function actions(app, node) {
+  const { viewport, state } = app;
   const to = (other) => other && viewport.nodes.focus(other.id);
   const { model } = viewport;
   const end = (edges, side) => edges.length && model.graph.nodes[model.graph[side][edges[0]]];
-  const open = () => state.click(node.id);
+  const open = () => app.open(node.id);
   return {
     ArrowLeft: () => to(neighbour(viewport, node, -1, 0)),
     ArrowRight: () => to(neighbour(viewport, node, 1, 0)),

@@ -115,7 +115,8 @@ function bestPacking(model, cells, space, size) {
  * Place all nodes that are shown.
  *
  * @param size Room for the picture in pixels: `width`, `height`.
- * @returns Positions by index of the node (`x`, `y`, `r`), `columns`, `rows`, `width`, `height`, `slot`, and the
+ * @returns Positions by index of the node (`x`, `y`, radius `r`,
+ *   and `reach`, where it is still pointed at), `columns`, `rows`, `width`, `height`, `slot`, and the
  *   `scale` at which it fits.
  */
 export function layoutOf(model, size) {
@@ -139,7 +140,7 @@ export function layoutOf(model, size) {
     top += row.height + row.lane;
   }
   const n = graph.nodes.length;
-  const placed = { x: new Float32Array(n), y: new Float32Array(n), r: new Float32Array(n) };
+  const placed = { x: new Float32Array(n), y: new Float32Array(n), r: new Float32Array(n), reach: new Float32Array(n) };
   const larger = Math.min(2, scale ** -0.6);
   const rowOf = new Map(rows.map((row) => [`${row.sort} ${row.layer}`, row]));
   for (const cell of cells) {
@@ -160,6 +161,7 @@ export function layoutOf(model, size) {
       placed.x[node.index] = centre + (place - (inLine - 1) / 2) * slot;
       placed.y[node.index] = row.top + row.height / 2 + (line - (count - 1) / 2) * down;
       placed.r[node.index] = Math.min(larger * radius(model, node), Math.max(2.4, 0.62 * Math.min(slot, down)));
+      placed.reach[node.index] = Math.max(placed.r[node.index], Math.min(0.5 * Math.min(slot, down), 11));
     });
   }
   return { ...placed, columns, rows, width: left, height: top, slot: space.slot, scale };

@@ -27,12 +27,12 @@ class App {
     this.qkForm = "lead";
     this.headline();
     this.viewport = new Viewport(this.model, this.state);
-    this.subgraph = new Subgraph(this, () => [exportButtons(this), loadButton(this)]);
+    this.subgraph = new Subgraph(this, { save: () => exportButtons(this), load: () => loadButton(this) });
     this.table = new Table(this);
     const search = new Search(this);
     this.toolbar = new Toolbar(this, search);
     drawLegend(graph);
-    listenToKeys(this.viewport, this.state, search);
+    listenToKeys(this, search);
     this.state.on((changed) => this.changed(changed));
     addEventListener("hashchange", () => this.rehash());
     new ResizeObserver(() => this.subgraph.draw()).observe(byId("left"));

@@ -49,7 +49,6 @@ export class NodeLayer {
     this.layout = layout;
     this.elements.clear();
     const inOrder = [...model.nodes].sort((a, b) => a.position - b.position || a.depth - b.depth || a.index - b.index);
-    const hit = Math.max(7, layout.slot / 2);
     for (const node of inOrder) {
       const [x, y, r] = [layout.x[node.index], layout.y[node.index], layout.r[node.index]];
       const element = s(
@@ -58,7 +57,7 @@ export class NodeLayer {
           class: `node ${node.kind}`, "data-id": node.id, tabindex: -1, role: "button", "aria-pressed": "false",
           "aria-label": model.spokenName(node), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
         },
-        s("circle", { class: "reach", r: hit }),
+        s("circle", { class: "reach", r: layout.reach[node.index].toFixed(1) }),
         s("path", { d: shapePath(node.kind, r) }),
       );
       this.elements.set(node.id, element);

@@ -154,11 +154,10 @@ function drawCard(item, look, font) {
 }
 
 export class Subgraph {
-  constructor(app, exportActions) {
+  constructor(app, buttons) {
     this.app = app;
     this.pane = byId("subgraph");
-    this.exportActions = exportActions;
-    this.form = null;
+    this.buttons = buttons;
   }
 
   colours() {
@@ -183,7 +182,8 @@ export class Subgraph {
     this.pane.classList.toggle("empty", empty);
     const focused = document.activeElement?.dataset?.item;
     if (empty) {
-      this.pane.replaceChildren(this.heading(), h("p", { class: "quiet" }, "Pin nodes (shift-click, or P on the keyboard) to gather them here, then group them into named supernodes."));
+      const hint = "Pin nodes (shift-click, or P on the keyboard) to gather them here, then group them into named supernodes.";
+      this.pane.replaceChildren(this.heading(), h("p", { class: "quiet" }, hint), h("span", { class: "spring" }), ...this.buttons.load());
       return;
     }
     const { svg } = this.picture(Math.max(260, this.pane.clientWidth - 24));
@@ -215,7 +215,7 @@ export class Subgraph {
     form.append(input, h("button", { type: "submit" }, `Group ${count}`));
     const hint = h("span", { class: "quiet" }, "Shift-click cards (or Space) to select them for a group.");
     const unpin = h("button", { type: "button", on: { click: () => state.set({ pinned: [], groups: [], selected: [] }) } }, "Unpin all");
-    return h("div", { class: "actions" }, count ? form : hint, h("span", { class: "spring" }), unpin, this.exportActions());
+    return h("div", { class: "actions" }, count ? form : hint, h("span", { class: "spring" }), unpin, this.buttons.save(), this.buttons.load());
   }
 
   toggle(item) {
