@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-
 FORMATS = ("svg", "html", "dot", "graphml", "json", "npz")
 
 

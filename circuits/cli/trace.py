@@ -54,7 +54,8 @@ class _Wanted:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.html, ..."
 )
-@click.option("--format", "formats", default="json,svg,html", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
+@click.option("--format", "formats", default="json,svg,html", show_default=True,
+              help=f"Which files: {','.join(FORMATS)}.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No tables.")
 def command(**options: Any) -> None:
     """Trace PROMPT to an attribution graph in which every step between two tokens is visible.

@@ -302,7 +302,7 @@ def test_broken_npz_says_where(tmp_path: Path) -> None:
 
 def test_unknown_suffixes_and_missing_files(tmp_path: Path) -> None:
     """The message lists what there is."""
-    with pytest.raises(GraphError, match=r"\.pt; use one of \.dot, \.graphml, \.json"):
+    with pytest.raises(GraphError, match=r"\.pt; use one of \.dot, \.graphml, \.html, \.json"):
         hand_graph().save(tmp_path / "graph.pt")
     with pytest.raises(GraphError, match=r"cannot be read as \.svg"):
         Graph.load(tmp_path / "graph.svg")

@@ -54,7 +54,7 @@ class Opened:
         return self.page.evaluate(script, argument)
 
     def until(self, script: str) -> None:
-        """Wait until a script gives true. (Playwright's own waiting evaluates text, which the page's policy forbids.)"""
+        """Wait until a script gives true. Playwright's own waiting evaluates text, which the page's policy forbids."""
         end = time.monotonic() + 5
         while not self.run(script):
             assert time.monotonic() < end, f"never came true: {script}"
@@ -91,11 +91,19 @@ class Opened:
 
 @pytest.fixture
 def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
-    """Opens a graph from disk; afterwards nothing may have been complained about, and nothing asked for but the file."""
+    """Opens a graph from disk; afterwards there may be no complaint, and no request but for the file."""
     opened: list[Opened] = []
 
-    def call(graph: Any, pages: Any = None, *, width: int = 1280, height: int = 820, scheme: str = "light", hash: str = "",
-             name: str = "graph.html") -> Opened:  # fmt: skip
+    def call(
+        graph: Any,
+        pages: Any = None,
+        *,
+        width: int = 1280,
+        height: int = 820,
+        scheme: str = "light",
+        hash: str = "",
+        name: str = "graph.html",
+    ) -> Opened:
         from circuits.graph.formats.html_file import write
 
         path = tmp_path / name

@@ -78,7 +78,8 @@ def test_heat_map_cells_are_the_pattern(show: Any) -> None:
         """([cell, cells]) => {
             const canvas = document.querySelector('.heat canvas');
             const { data, width } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
-            const at = ([query, key]) => 4 * (Math.floor(2 * (query + .4) * cell) * width + Math.floor(2 * (key + .4) * cell));
+            const pixel = (position) => Math.floor(2 * (position + .4) * cell);
+            const at = ([query, key]) => 4 * (pixel(query) * width + pixel(key));
             return cells.map((place) => [...data.slice(at(place), at(place) + 4)]);
         }""",
         [cell, [[5, 2], [5, 3], [2, 5]]],
@@ -143,8 +144,9 @@ def test_multitoken_feature_shows_both_sides_and_what_moves_it(show: Any) -> Non
     titles = opened.inspector.locator("h3").all_text_contents()
     assert titles[:4] == ["Key side: where it is read", "Query side: where it writes", "Head loadings", "What moves it"]
     assert opened.inspector.locator(".block").nth(0).locator(".link").all_text_contents() == ["at 0 “ a”", "at 1 “ a”"]
-    # From the drawing: activation 1.5; A is 0.5 from token 1 to both; edges 1.5 and -0.5 (key 0), identity 2, 1 (key 1).
-    # Head 0 gives 1.5 / (0.5 * 1.5) = 2 at key 0 (its first and equally strong step), head 1 -0.5 / 0.75, identity 2 / 1.5.
+    # From the drawing: activation 1.5; A is 0.5 from token 1 to both; edges 1.5 and -0.5 (key 0), identity 2, 1 (key
+    # 1). Head 0 gives 1.5 / (0.5 * 1.5) = 2 at key 0, its first and equally strong step; head 1 -0.5 / 0.75; the
+    # identity 2 / 1.5.
     values = opened.inspector.locator('.bars[aria-label="Head loadings"] .value').all_text_contents()
     assert values == ["+2.00", "+1.33", "−0.667"]
     assert IDENTITY_HEAD == -1

@@ -1,4 +1,4 @@
-"""Nothing that a prompt, a token, a label or a name says is executed; nothing is fetched; everybody can use the page."""
+"""Nothing that a prompt, a token, a label or a name says is executed; nothing is fetched; everybody can use it."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ def axe() -> str:
     return (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
 
-def test_hostile_strings_are_text(show: Any) -> None:
+def test_hostile_strings_are_text(show: Any, tmp_path: Path) -> None:
     """In every panel, the table, the subgraph, the search, tooltips and files: shown as they are, and nothing runs."""
     graph = hostile()
     feature = int(np.argmax(graph.nodes.is_feature))
@@ -27,7 +27,8 @@ def test_hostile_strings_are_text(show: Any) -> None:
     tokens = [HOSTILE, "b"]
     bad = page(
         *key, label=HOSTILE, label_by=HOSTILE, top_outputs=[[HOSTILE, 1.0]], near_by_decoder=[[HOSTILE, 3, 0.5]],
-        examples=[{"group": HOSTILE, "tokens": tokens, "activations": [1, 2], "query_activations": [1, 2], "moves": [[0, 1, 1]]}],
+        examples=[{"group": HOSTILE, "tokens": tokens, "activations": [1, 2], "query_activations": [1, 2],
+                   "moves": [[0, 1, 1]]}],
     )  # fmt: skip
     opened = show(graph, {key: bad}, name="a & b <i>.html")
     assert opened.run("circuits.state.groups.length") == 2
@@ -42,7 +43,7 @@ def test_hostile_strings_are_text(show: Any) -> None:
     opened.page.locator("#search").fill("script")
     assert opened.page.locator("#nodes .hit").count() > 0
     opened.node(names[feature]).dispatch_event("pointermove")
-    opened.run("circuits.state.rename(circuits.model.nodes[5].id, arguments = '<img src=x onerror=alert(9)>')".replace("arguments = ", ""))
+    opened.run("(name) => circuits.state.rename(circuits.model.nodes[5].id, name)", HOSTILE)
     opened.page.wait_for_timeout(100)
     assert opened.page.locator("img, iframe, object, embed, link, form[action]").count() == 0
     assert opened.page.locator("script").count() == 3
@@ -50,16 +51,10 @@ def test_hostile_strings_are_text(show: Any) -> None:
     with opened.page.expect_download() as waiting:
         opened.page.get_by_role("button", name="JSON", exact=True).click()
     assert re.fullmatch(r"[a-z0-9-]+\.json", waiting.value.suggested_filename)
-    back = Graph.load(str(waiting.value.path()) if str(waiting.value.path()).endswith(".json") else moved(waiting.value))
+    waiting.value.save_as(tmp_path / "saved.json")
+    back = Graph.load(tmp_path / "saved.json")
     assert back.prompt == graph.prompt
     assert back.tokens == graph.tokens
-
-
-def moved(download: Any) -> Path:
-    """The downloaded file under the name that it asks for."""
-    path = Path(str(download.path())).with_suffix(".json")
-    download.save_as(path)
-    return path
 
 
 def test_nothing_but_the_file_itself_can_be_asked_for(show: Any) -> None:
@@ -82,7 +77,8 @@ def test_nothing_but_the_file_itself_can_be_asked_for(show: Any) -> None:
             return [[...new Set(stopped)].sort(), window.ran === undefined];
         }"""
     )
-    assert tried == [["connect-src", "frame-src", "img-src", "script-src-attr", "script-src-elem", "style-src-elem"], True]
+    kinds = ["connect-src", "frame-src", "img-src", "script-src-attr", "script-src-elem", "style-src-elem"]
+    assert tried == [kinds, True]
     assert all("Content Security Policy" in complaint for complaint in opened.complaints)
     opened.complaints.clear()
     assert [url for url in opened.requests if not url.startswith("file:")] == []
@@ -129,7 +125,7 @@ def test_an_empty_prompt_is_refused_and_a_graph_without_edges_is_not(show: Any) 
     opened = show(alone)
     assert opened.page.locator("#nodes .node").count() == len(graph.tokens)
     with pytest.raises(GraphError, match="no tokens"):
-        html_file.to_html(replace(alone, tokens=(), token_ids=(), nodes=alone.nodes.take(np.zeros(len(alone.nodes), np.bool_))))
+        html_file.to_html(replace(alone, tokens=(), token_ids=(), nodes=alone.nodes.take(alone.nodes.layer > 0)))
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])

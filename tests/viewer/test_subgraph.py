@@ -142,7 +142,7 @@ def test_picture_files(show: Any, tmp_path: Path) -> None:
 
 
 def test_annotations_of_another_viewer(show: Any) -> None:
-    """Neuronpedia's ways to write them: commas, unknown ids, nodes that are only in a supernode, keys that are not ours."""
+    """As Neuronpedia may write them: commas, unknown ids, nodes only in a supernode, keys that are not ours."""
     graph = small()
     names = graph.node_ids()
     params = {
