@@ -55,6 +55,7 @@ MODULES = (
     "node_panel.js",
     "overview_panel.js",
     "group_panel.js",
+    "subgraph_picture.js",
     "subgraph.js",
     "export.js",
     "search.js",

@@ -25,10 +25,12 @@ export class Axes {
       const name = row.sort === "mlp" && blocks.has(row.layer) ? "block" : ROW_NAMES[row.sort];
       return s("text", { class: "row-name", x: LEFT - 10 }, name);
     });
-    this.layerTexts = layout.rows.filter((row) => row.sort === "mlp").map((row) => {
-      const last = layout.rows.filter((other) => other.layer === row.layer).at(-1);
-      return { row, last, text: s("text", { class: "layer-name", x: 10 }, `L${row.layer}`) };
-    });
+    this.layerTexts = layout.rows
+      .filter((row) => row.sort === "mlp")
+      .map((row) => {
+        const last = layout.rows.filter((other) => other.layer === row.layer).at(-1);
+        return { row, last, text: s("text", { class: "layer-name", x: 10 }, `L${row.layer}`) };
+      });
     this.rows.replaceChildren(...this.rowTexts, ...this.layerTexts.map((item) => item.text));
     this.tokenTexts = layout.columns.map((column) => {
       const label = clipped(model.graph.tokenText(column.position), 14);

@@ -9,7 +9,9 @@ function fill(element, attributes, children) {
     else if (name === "css") for (const [key, is] of Object.entries(value)) element.style.setProperty(key, is);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -34,7 +36,10 @@ export function short(value, digits = 3) {
     const text = value.toPrecision(digits);
     return (text.includes("e") ? String(Math.round(value)) : text).replace("-", "−");
   }
-  return value.toExponential(digits - 1).replace("-", "−").replace("e+", "e");
+  return value
+    .toExponential(digits - 1)
+    .replace("-", "−")
+    .replace("e+", "e");
 }
 
 /** The same with its sign. */

@@ -134,9 +134,7 @@ function strokeEdge(context, scene, edge, { alpha, width }, k) {
   context.setLineDash(frozen ? [4 / k, 3 / k] : []);
   context.beginPath();
   context.moveTo(points[at], points[at + 1]);
-  context.bezierCurveTo(
-    points[at + 2], points[at + 3], points[at + 4], points[at + 5], points[at + 6], points[at + 7],
-  );
+  context.bezierCurveTo(points[at + 2], points[at + 3], points[at + 4], points[at + 5], points[at + 6], points[at + 7]);
   context.stroke();
 }
 

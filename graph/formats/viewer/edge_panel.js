@@ -17,13 +17,17 @@ export function edgePanel(app, edge) {
   const gone = model.hasEdge[edge] ? null : h("p", { class: "quiet" }, "Left out at the current thresholds.");
   return [
     h("p", { class: "eyebrow" }, graph.mediated(edge) ? "Step through attention" : "Edge"),
-    h("h2", { class: "ends" },
+    h(
+      "h2",
+      { class: "ends" },
       h("span", {}, nodeButton(app, source), h("small", {}, `at ${graph.place(source.position)}`)),
       h("span", { class: "arrow", "aria-label": "to" }, "↓"),
-      h("span", {}, nodeButton(app, target), h("small", {}, `at ${graph.place(target.position)}`))),
+      h("span", {}, nodeButton(app, target), h("small", {}, `at ${graph.place(target.position)}`)),
+    ),
     gone,
     figures([
-      ["weight", signed(weight, 4)], ["of the target’s input", percent(model.share[edge])],
+      ["weight", signed(weight, 4)],
+      ["of the target’s input", percent(model.share[edge])],
       ["target’s pre-activation", short(target.preActivation)],
     ]),
     ...splits(app, edge, target),
@@ -37,7 +41,13 @@ function splits(app, edge, target) {
   if (own.length) return [headChoice(app, own, target, "Head loadings", "They add up to the edge.")];
   if (!first.length) return [h("p", { class: "quiet" }, "It stays at its position: no head carries it.")];
   return [
-    headChoice(app, first, target, "First hop", "Which head takes it away from the source’s position; adds up to the edge."),
+    headChoice(
+      app,
+      first,
+      target,
+      "First hop",
+      "Which head takes it away from the source’s position; adds up to the edge.",
+    ),
     headChoice(app, last, target, "Last hop", "Which head brings it to the target’s position; adds up to the edge."),
   ];
 }
@@ -50,10 +60,20 @@ function headChoice(app, rows, target, title, why) {
   const choose = (chosen) => {
     const most = Math.abs(sums[0].weight);
     const shown = sums.indexOf(chosen) < FIRST ? FIRST : sums.length;
-    list.replaceChildren(long(sums, shown, (some) => barRows(some.map((sum) => ({
-      name: headName(sum.layer, sum.head), weight: sum.weight, note: stepsOf(app, sum), pressed: sum === chosen,
-      act: sum.head > STAYS ? () => choose(sum) : undefined,
-    })), { label: title, most })));
+    list.replaceChildren(
+      long(sums, shown, (some) =>
+        barRows(
+          some.map((sum) => ({
+            name: headName(sum.layer, sum.head),
+            weight: sum.weight,
+            note: stepsOf(app, sum),
+            pressed: sum === chosen,
+            act: sum.head > STAYS ? () => choose(sum) : undefined,
+          })),
+          { label: title, most },
+        ),
+      ),
+    );
     below.replaceChildren(...(chosen ? shownHead(app, chosen, target) : []));
   };
   choose(sums.find((sum) => sum.head > STAYS && sum.head !== -1) ?? sums.find((sum) => sum.head > STAYS));
@@ -79,7 +99,8 @@ function shownHead(app, sum, target) {
   if (rows) {
     const line = tokenLine(graph.tokens.slice(0, query + 1), rows[query], new Set([key]), 1);
     parts.push(
-      h("h4", {}, `Where ${name} looks from ${graph.place(query)}`), line,
+      h("h4", {}, `Where ${name} looks from ${graph.place(query)}`),
+      line,
       heatMap(graph, rows, marks, `Attention pattern of ${name}`, 1),
     );
   } else if (sum.head === -1) {

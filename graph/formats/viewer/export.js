@@ -28,7 +28,8 @@ function standaloneSvg(app) {
   const inside = [...svg.childNodes];
   inside.forEach((group) => group.removeAttribute("aria-hidden"));
   for (const handle of svg.querySelectorAll(".handle")) handle.remove();
-  for (const card of svg.querySelectorAll(".card")) for (const name of ["tabindex", "role", "aria-pressed", "data-item"]) card.removeAttribute(name);
+  for (const card of svg.querySelectorAll(".card"))
+    for (const name of ["tabindex", "role", "aria-pressed", "data-item"]) card.removeAttribute(name);
   const title = visible(app.model.graph.prompt);
   const shown = [...title].length > 110 ? [...title].slice(0, 109).join("") + "…" : title;
   const whole = s(
@@ -56,20 +57,31 @@ async function png(app) {
 
 /** Buttons that save, and one that takes the annotations of a saved graph.json. */
 export function exportButtons(app) {
-  const slug = String(app.model.graph.metadata.slug ?? "graph").replace(/[^a-z0-9-]+/gi, "-").slice(0, 60) || "graph";
+  const slug =
+    String(app.model.graph.metadata.slug ?? "graph")
+      .replace(/[^a-z0-9-]+/gi, "-")
+      .slice(0, 60) || "graph";
   const button = (name, title, act) => h("button", { type: "button", title, on: { click: act } }, name);
   return [
     button("SVG", "Save the subgraph as SVG", () =>
-      download(new Blob([standaloneSvg(app).text], { type: "image/svg+xml" }), `${slug}.svg`)),
+      download(new Blob([standaloneSvg(app).text], { type: "image/svg+xml" }), `${slug}.svg`),
+    ),
     button("PNG", "Save the subgraph as PNG", async () => download(await png(app), `${slug}.png`)),
     button("JSON", "Save the graph with its annotations; circuits and Neuronpedia read it", () =>
-      download(new Blob([annotatedJson(app.state)], { type: "application/json" }), `${slug}.json`)),
+      download(new Blob([annotatedJson(app.state)], { type: "application/json" }), `${slug}.json`),
+    ),
   ];
 }
 
 /** A line to open the annotations of a graph.json that was saved here. */
 export function loadButton(app) {
-  const input = h("input", { type: "file", accept: ".json,application/json", class: "unseen", tabindex: -1, "aria-hidden": "true" });
+  const input = h("input", {
+    type: "file",
+    accept: ".json,application/json",
+    class: "unseen",
+    tabindex: -1,
+    "aria-hidden": "true",
+  });
   input.addEventListener("change", async () => {
     const [file] = input.files;
     input.value = "";
@@ -78,11 +90,23 @@ export function loadButton(app) {
       const { qParams } = JSON.parse(await file.text());
       if (typeof qParams !== "object" || qParams === null) throw new TypeError("no qParams");
       app.state.read(qParams);
-      app.state.set({ pinned: app.state.pinned, groups: app.state.groups, nodeThreshold: app.state.nodeThreshold, clicked: app.state.clicked });
+      app.state.set({
+        pinned: app.state.pinned,
+        groups: app.state.groups,
+        nodeThreshold: app.state.nodeThreshold,
+        clicked: app.state.clicked,
+      });
       app.say(`Loaded ${app.state.pinned.length} pinned nodes`);
     } catch {
       app.say(`${visible(file.name)} is no graph.json with annotations`);
     }
   });
-  return [h("button", { type: "button", title: "Load the annotations of a saved graph.json", on: { click: () => input.click() } }, "Load"), input];
+  return [
+    h(
+      "button",
+      { type: "button", title: "Load the annotations of a saved graph.json", on: { click: () => input.click() } },
+      "Load",
+    ),
+    input,
+  ];
 }

@@ -6,14 +6,28 @@ export const FEATURES = new Set(["value_feature", "mtc_key", "attention_feature"
 export const ERRORS = new Set(["value_error", "attention_error", "mlp_error", "block_error"]);
 // Within a layer above its values, from below; see `depth` in graph/influence.py.
 const STEPS = {
-  mtc_key: 2, attention_feature: 3, mtc_query: 3, attention_error: 3, mlp_feature: 4, mlp_error: 4, block_error: 4,
+  mtc_key: 2,
+  attention_feature: 3,
+  mtc_query: 3,
+  attention_error: 3,
+  mlp_feature: 4,
+  mlp_error: 4,
+  block_error: 4,
 };
 export const STAYS = -3;
 const SPECIAL_HEADS = { "-1": "id", "-2": "own", "-3": "stays", "-4": "rest" };
 export const KIND_NAMES = {
-  embedding: "token", value_feature: "value", value_error: "value error", mtc_key: "MTC key",
-  attention_feature: "attention", mtc_query: "MTC query", attention_error: "attention error", mlp_feature: "MLP",
-  mlp_error: "MLP error", block_error: "block error", logit: "output",
+  embedding: "token",
+  value_feature: "value",
+  value_error: "value error",
+  mtc_key: "MTC key",
+  attention_feature: "attention",
+  mtc_query: "MTC query",
+  attention_error: "attention error",
+  mlp_feature: "MLP",
+  mlp_error: "MLP error",
+  block_error: "block error",
+  logit: "output",
 };
 const CONSTANTS = { bias: "biases", position: "position embedding", first: "what the first position writes" };
 const PREFIXES = { v: "value", k: "mtc_key", a: "attention", q: "mtc_query", r: "block", "": "mlp" };
@@ -30,11 +44,25 @@ const number = (value) => (value === null || value === undefined ? NaN : value);
 function readNode(raw, index) {
   const kind = raw.kind;
   return {
-    index, id: raw.node_id, kind, layer: raw.model_layer, position: raw.ctx_idx, feature: raw.feature_index,
-    dictionary: raw.dictionary, activation: number(raw.activation), preActivation: number(raw.pre_activation),
-    bias: number(raw.bias), influence: raw.node_influence, cumulative: raw.influence, targetWeight: raw.target_weight,
-    probability: number(raw.probability), predicted: number(raw.predicted), measured: number(raw.measured),
-    label: raw.label, isFeature: FEATURES.has(kind), isError: ERRORS.has(kind),
+    index,
+    id: raw.node_id,
+    kind,
+    layer: raw.model_layer,
+    position: raw.ctx_idx,
+    feature: raw.feature_index,
+    dictionary: raw.dictionary,
+    activation: number(raw.activation),
+    preActivation: number(raw.pre_activation),
+    bias: number(raw.bias),
+    influence: raw.node_influence,
+    cumulative: raw.influence,
+    targetWeight: raw.target_weight,
+    probability: number(raw.probability),
+    predicted: number(raw.predicted),
+    measured: number(raw.measured),
+    label: raw.label,
+    isFeature: FEATURES.has(kind),
+    isError: ERRORS.has(kind),
     isTarget: kind === "logit" || raw.target_weight > 0,
     depth: kind === "embedding" ? 0 : 4 * raw.model_layer + (STEPS[kind] ?? 1),
   };

@@ -11,17 +11,37 @@ export function groupPanel(app, group) {
   const input = h("input", { type: "text", value: group.name, "aria-label": "Name of the supernode" });
   const rename = (event) => {
     event.preventDefault();
-    state.set({ groups: state.groups.map((other) => (other === group ? { ...group, name: input.value.trim() || group.name } : other)) });
+    state.set({
+      groups: state.groups.map((other) =>
+        other === group ? { ...group, name: input.value.trim() || group.name } : other,
+      ),
+    });
   };
   return [
     h("p", { class: "eyebrow" }, `Supernode of ${members.length}`),
     h("h2", {}, group.name),
-    h("div", { class: "actions" },
+    h(
+      "div",
+      { class: "actions" },
       h("form", { class: "rename", on: { submit: rename } }, input, h("button", { type: "submit" }, "Rename")),
-      h("button", { type: "button", on: { click: () => state.ungroup(group) } }, "Ungroup")),
+      h("button", { type: "button", on: { click: () => state.ungroup(group) } }, "Ungroup"),
+    ),
     total > 0 ? h("p", { class: "quiet" }, `${percent(held / total)} of the influence in the file.`) : null,
-    block("Members", h("ul", { class: "plain" }, members.map((node) => h("li", {},
-      nodeButton(app, node), h("small", {}, `at ${model.graph.place(node.position)}`),
-      h("span", { class: "value" }, short(node.influence)))))),
+    block(
+      "Members",
+      h(
+        "ul",
+        { class: "plain" },
+        members.map((node) =>
+          h(
+            "li",
+            {},
+            nodeButton(app, node),
+            h("small", {}, `at ${model.graph.place(node.position)}`),
+            h("span", { class: "value" }, short(node.influence)),
+          ),
+        ),
+      ),
+    ),
   ].filter(Boolean);
 }

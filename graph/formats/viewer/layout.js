@@ -2,8 +2,16 @@
 // the SVG (graph/formats/svg_layout.py), but grown to fill the room that the window has.
 
 const SORTS = {
-  embedding: "embedding", value_feature: "key", value_error: "key", mtc_key: "key", attention_feature: "attention",
-  mtc_query: "attention", attention_error: "attention", mlp_feature: "mlp", mlp_error: "mlp", block_error: "mlp",
+  embedding: "embedding",
+  value_feature: "key",
+  value_error: "key",
+  mtc_key: "key",
+  attention_feature: "attention",
+  mtc_query: "attention",
+  attention_error: "attention",
+  mlp_feature: "mlp",
+  mlp_error: "mlp",
+  block_error: "mlp",
   logit: "logit",
 };
 export const ROW_NAMES = { embedding: "tokens", key: "key side", attention: "attention", mlp: "MLP", logit: "output" };
@@ -148,7 +156,8 @@ export function layoutOf(model, size) {
     const column = columns[cell.position];
     const count = linesOf(cell, perLine);
     const length = cell.sort === "logit" ? cell.nodes.length : perLine[cell.position];
-    const across = cell.sort === "logit" ? Math.max(space.slot, LOGIT_SLOT / scale) : space.slot * Math.min(1.5, growth);
+    const across =
+      cell.sort === "logit" ? Math.max(space.slot, LOGIT_SLOT / scale) : space.slot * Math.min(1.5, growth);
     const slot = cell.sort === "logit" ? across : Math.min(across, column.width / (length + 0.4));
     const down = Math.min(space.line * growth, (row.height - 6) / count);
     // Many outputs would reach beyond the picture; they move to the left then.

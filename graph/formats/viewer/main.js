@@ -88,7 +88,13 @@ class App {
   rehash() {
     if (location.hash === this.written) return;
     this.state.read(Object.fromEntries(new URLSearchParams(location.hash.slice(1))));
-    this.state.set({ pinned: this.state.pinned, groups: this.state.groups, names: this.state.names, nodeThreshold: this.state.nodeThreshold, clicked: this.state.clicked });
+    this.state.set({
+      pinned: this.state.pinned,
+      groups: this.state.groups,
+      names: this.state.names,
+      nodeThreshold: this.state.nodeThreshold,
+      clicked: this.state.clicked,
+    });
   }
 
   /** Fill the panel at the side with what is open. */
@@ -97,11 +103,30 @@ class App {
     const edge = state.edge ? model.graph.edgeNames.get(state.edge) : -1;
     const node = model.graph.byId.get(state.clicked);
     const back = edge >= 0 || node || this.group;
-    const parts = edge >= 0 ? edgePanel(this, edge) : this.group ? groupPanel(this, this.group) : node ? nodePanel(this, node) : overviewPanel(this);
-    const close = h("button", { type: "button", class: "close", "aria-label": "Close", title: "Close (Esc)", on: { click: () => {
-      if (edge >= 0 && node) state.set({ edge: "" });
-      else state.set({ clicked: "", edge: "" });
-    } } }, edge >= 0 && node ? "←" : "×");
+    const parts =
+      edge >= 0
+        ? edgePanel(this, edge)
+        : this.group
+          ? groupPanel(this, this.group)
+          : node
+            ? nodePanel(this, node)
+            : overviewPanel(this);
+    const close = h(
+      "button",
+      {
+        type: "button",
+        class: "close",
+        "aria-label": "Close",
+        title: "Close (Esc)",
+        on: {
+          click: () => {
+            if (edge >= 0 && node) state.set({ edge: "" });
+            else state.set({ clicked: "", edge: "" });
+          },
+        },
+      },
+      edge >= 0 && node ? "←" : "×",
+    );
     const panel = byId("inspector");
     panel.replaceChildren(...(back ? [close] : []), ...parts.flat(Infinity).filter(Boolean));
     const open = `${state.edge} ${this.group?.name ?? ""} ${state.clicked}`;

@@ -54,8 +54,13 @@ export class NodeLayer {
       const element = s(
         "g",
         {
-          class: `node ${node.kind}`, "data-id": node.id, tabindex: -1, role: "button", "aria-pressed": "false",
-          "aria-label": model.spokenName(node), transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
+          class: `node ${node.kind}`,
+          "data-id": node.id,
+          tabindex: -1,
+          role: "button",
+          "aria-pressed": "false",
+          "aria-label": model.spokenName(node),
+          transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
         },
         s("circle", { class: "reach", r: layout.reach[node.index].toFixed(1) }),
         s("path", { d: shapePath(node.kind, r) }),
@@ -63,7 +68,8 @@ export class NodeLayer {
       this.elements.set(node.id, element);
     }
     this.shapes.replaceChildren(...this.elements.values());
-    if (!this.elements.has(this.tabStop)) this.tabStop = inOrder.find((node) => node.kind === "logit")?.id ?? inOrder[0]?.id;
+    if (!this.elements.has(this.tabStop))
+      this.tabStop = inOrder.find((node) => node.kind === "logit")?.id ?? inOrder[0]?.id;
     this.elements.get(this.tabStop)?.setAttribute("tabindex", "0");
   }
 
@@ -122,14 +128,26 @@ export class NodeLayer {
     const taken = [];
     for (const node of model.nodes) {
       const r = layout.r[node.index] + 1;
-      taken.push([layout.x[node.index] - r, layout.y[node.index] - r, layout.x[node.index] + r, layout.y[node.index] + r]);
+      taken.push([
+        layout.x[node.index] - r,
+        layout.y[node.index] - r,
+        layout.x[node.index] + r,
+        layout.y[node.index] + r,
+      ]);
     }
     const free = (box) =>
-      box[0] > -20 && box[2] < layout.width + 60 / view.k &&
+      box[0] > -20 &&
+      box[2] < layout.width + 60 / view.k &&
       !taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1]);
     const names = [];
     const write = (node, x, y, text, extra = {}) =>
-      names.push(s("text", { x: x.toFixed(1), y: y.toFixed(1), "font-size": size.toFixed(2), "data-of": node.id, ...extra }, text));
+      names.push(
+        s(
+          "text",
+          { x: x.toFixed(1), y: y.toFixed(1), "font-size": size.toFixed(2), "data-of": node.id, ...extra },
+          text,
+        ),
+      );
     for (const node of model.nodes.filter((other) => other.kind === "logit")) {
       const [x, y] = [layout.x[node.index] + 3 / view.k, layout.y[node.index] - layout.r[node.index] - 4 / view.k];
       const chance = node.probability >= 0 ? ` ${node.probability.toFixed(2)}` : "";
@@ -141,10 +159,15 @@ export class NodeLayer {
     for (const node of features.slice(0, 3 * MOST_NAMES)) {
       if (names.length >= MOST_NAMES) break;
       const text = model.shortName(node, 24);
-      const half = (widthOf(text) / view.k) / 2 + 1;
+      const half = widthOf(text) / view.k / 2 + 1;
       const [x, y, r] = [layout.x[node.index], layout.y[node.index], layout.r[node.index]];
       const tall = 0.5 * size;
-      const places = [[0, r + tall + 1], [r + half + 2, 0], [-r - half - 2, 0], [0, -r - tall - 1]];
+      const places = [
+        [0, r + tall + 1],
+        [r + half + 2, 0],
+        [-r - half - 2, 0],
+        [0, -r - tall - 1],
+      ];
       for (const [dx, dy] of places) {
         const box = [x + dx - half, y + dy - tall, x + dx + half, y + dy + tall];
         if (!free(box)) continue;

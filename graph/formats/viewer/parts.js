@@ -10,14 +10,21 @@ export function block(title, ...children) {
 /** Name and value pairs. */
 export function figures(pairs) {
   const shown = pairs.filter(([, value]) => value !== "–" && value !== "");
-  return h("dl", { class: "figures" }, shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  return h(
+    "dl",
+    { class: "figures" },
+    shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+  );
 }
 
 /** A bar of a part of the largest: from the middle where there are signs, else from the left. */
 function bar(part, bySign) {
   const size = `${(Math.min(1, Math.abs(part)) * (bySign ? 50 : 100)).toFixed(1)}%`;
-  return h("span", { class: bySign ? "bar" : "bar plain-bar", "aria-hidden": "true" },
-    h("i", { class: part < 0 ? "below" : "above", css: { width: size } }));
+  return h(
+    "span",
+    { class: bySign ? "bar" : "bar plain-bar", "aria-hidden": "true" },
+    h("i", { class: part < 0 ? "below" : "above", css: { width: size } }),
+  );
 }
 
 /**
@@ -27,16 +34,25 @@ function bar(part, bySign) {
  */
 export function barRows(rows, { most = 0, label = "", bySign = true } = {}) {
   const largest = most || Math.max(1e-12, ...rows.map((row) => Math.abs(row.weight)));
-  return h("ul", { class: "bars", "aria-label": label || null }, rows.map((row) => {
-    const inside = [
-      h("span", { class: "name" }, row.name), bar(row.weight / largest, bySign),
-      h("span", { class: "value" }, bySign ? signed(row.weight) : short(row.weight)),
-      row.note ? h("span", { class: "note" }, row.note) : null,
-    ];
-    if (!row.act) return h("li", {}, h("div", { class: "row" }, inside));
-    const pressed = row.pressed === undefined ? null : String(row.pressed);
-    return h("li", {}, h("button", { type: "button", class: "row", "aria-pressed": pressed, on: { click: row.act } }, inside));
-  }));
+  return h(
+    "ul",
+    { class: "bars", "aria-label": label || null },
+    rows.map((row) => {
+      const inside = [
+        h("span", { class: "name" }, row.name),
+        bar(row.weight / largest, bySign),
+        h("span", { class: "value" }, bySign ? signed(row.weight) : short(row.weight)),
+        row.note ? h("span", { class: "note" }, row.note) : null,
+      ];
+      if (!row.act) return h("li", {}, h("div", { class: "row" }, inside));
+      const pressed = row.pressed === undefined ? null : String(row.pressed);
+      return h(
+        "li",
+        {},
+        h("button", { type: "button", class: "row", "aria-pressed": pressed, on: { click: row.act } }, inside),
+      );
+    }),
+  );
 }
 
 /** The first rows, and a button for the rest. */
@@ -54,9 +70,11 @@ export function nodeButton(app, node, text) {
   return h(
     "button",
     {
-      type: "button", class: "link",
+      type: "button",
+      class: "link",
       on: {
-        click: () => app.open(node.id), pointerenter: () => app.viewport.pretendHover(node.index),
+        click: () => app.open(node.id),
+        pointerenter: () => app.viewport.pretendHover(node.index),
         pointerleave: () => app.viewport.leave(),
       },
     },
@@ -68,25 +86,41 @@ export function nodeButton(app, node, text) {
 export function edgeRows(app, edges, side) {
   const { model } = app;
   const { graph } = model;
-  return long(edges, 10, (some) => h("ul", { class: "edges" }, some.map((edge) => {
-    const end = graph.nodes[graph[side][edge]];
-    const head = model.strongestHead(edge);
-    const weight = graph.weight[edge];
-    return h("li", {}, h(
-      "button",
-      {
-        type: "button", class: "edge-row",
-        on: {
-          click: () => app.openEdge(edge), pointerenter: () => app.viewport.pretendHover(end.index),
-          pointerleave: () => app.viewport.leave(),
-        },
-      },
-      h("span", { class: `chip ${end.kind}`, "aria-hidden": "true" }),
-      h("span", { class: "name" }, model.fullName(end)),
-      h("span", { class: "value" }, signed(weight)),
-      h("span", { class: "note" }, end.kind === "embedding" ? `at ${end.position}` : `at ${graph.place(end.position)}`,
-        head ? h("b", {}, ` ${head}`) : null),
-      h("span", { class: "value quiet" }, percent(model.share[edge])),
-    ));
-  })));
+  return long(edges, 10, (some) =>
+    h(
+      "ul",
+      { class: "edges" },
+      some.map((edge) => {
+        const end = graph.nodes[graph[side][edge]];
+        const head = model.strongestHead(edge);
+        const weight = graph.weight[edge];
+        return h(
+          "li",
+          {},
+          h(
+            "button",
+            {
+              type: "button",
+              class: "edge-row",
+              on: {
+                click: () => app.openEdge(edge),
+                pointerenter: () => app.viewport.pretendHover(end.index),
+                pointerleave: () => app.viewport.leave(),
+              },
+            },
+            h("span", { class: `chip ${end.kind}`, "aria-hidden": "true" }),
+            h("span", { class: "name" }, model.fullName(end)),
+            h("span", { class: "value" }, signed(weight)),
+            h(
+              "span",
+              { class: "note" },
+              end.kind === "embedding" ? `at ${end.position}` : `at ${graph.place(end.position)}`,
+              head ? h("b", {}, ` ${head}`) : null,
+            ),
+            h("span", { class: "value quiet" }, percent(model.share[edge])),
+          ),
+        );
+      }),
+    ),
+  );
 }

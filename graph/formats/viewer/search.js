@@ -7,7 +7,14 @@ const MOST = 40;
 export class Search {
   constructor(app) {
     this.app = app;
-    this.input = h("input", { type: "search", id: "search", placeholder: "Search nodes  /", "aria-label": "Search nodes", autocomplete: "off", spellcheck: "false" });
+    this.input = h("input", {
+      type: "search",
+      id: "search",
+      placeholder: "Search nodes  /",
+      "aria-label": "Search nodes",
+      autocomplete: "off",
+      spellcheck: "false",
+    });
     this.list = h("ul", { id: "found", hidden: true, "aria-label": "Found nodes" });
     this.element = h("div", { class: "search" }, this.input, this.list);
     this.input.addEventListener("input", () => this.run());
@@ -26,15 +33,28 @@ export class Search {
   run() {
     const words = this.input.value.toLowerCase().split(/\s+/).filter(Boolean);
     const { model, viewport } = this.app;
-    const found = words.length ? model.nodes.filter((node) => words.every((word) => this.textOf(node).includes(word))) : [];
+    const found = words.length
+      ? model.nodes.filter((node) => words.every((word) => this.textOf(node).includes(word)))
+      : [];
     found.sort((a, b) => b.influence + b.targetWeight - a.influence - a.targetWeight);
     viewport.hits = new Set(found.map((node) => node.id));
     viewport.mark();
     this.list.hidden = !words.length;
-    const rows = found.slice(0, MOST).map((node) => h("li", {}, h(
-      "button", { type: "button", on: { click: () => this.choose(node.id) } },
-      h("span", { class: `chip ${node.kind}`, "aria-hidden": "true" }), h("span", { class: "name" }, model.fullName(node)),
-      h("span", { class: "note" }, `at ${model.graph.place(node.position)}`))));
+    const rows = found
+      .slice(0, MOST)
+      .map((node) =>
+        h(
+          "li",
+          {},
+          h(
+            "button",
+            { type: "button", on: { click: () => this.choose(node.id) } },
+            h("span", { class: `chip ${node.kind}`, "aria-hidden": "true" }),
+            h("span", { class: "name" }, model.fullName(node)),
+            h("span", { class: "note" }, `at ${model.graph.place(node.position)}`),
+          ),
+        ),
+      );
     const count = found.length > MOST ? `${found.length} found, the first ${MOST} shown` : `${found.length} found`;
     this.list.replaceChildren(...rows, h("li", { class: "quiet count" }, count));
     if (words.length) this.app.say(count);

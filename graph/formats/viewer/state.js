@@ -72,12 +72,19 @@ export class State {
   /** The annotations as graph.json keeps them; keys of other viewers are passed on. */
   qParams() {
     const own = {
-      pinnedIds: this.pinned, supernodes: this.groups.map(({ name, ids }) => [name, ...ids]),
-      clickedId: this.clicked, linkType: this.linkType, pruningThreshold: this.nodeThreshold,
-      edgeThreshold: this.edgeThreshold, densityThreshold: this.density,
+      pinnedIds: this.pinned,
+      supernodes: this.groups.map(({ name, ids }) => [name, ...ids]),
+      clickedId: this.clicked,
+      linkType: this.linkType,
+      pruningThreshold: this.nodeThreshold,
+      edgeThreshold: this.edgeThreshold,
+      densityThreshold: this.density,
     };
     const params = { sg_pos: "", ...this.foreign, ...own };
-    for (const [key, value] of [["clerps", [...this.names]], ["clickedEdge", this.edge]]) {
+    for (const [key, value] of [
+      ["clerps", [...this.names]],
+      ["clickedEdge", this.edge],
+    ]) {
       if (value.length) params[key] = value;
       else delete params[key];
     }

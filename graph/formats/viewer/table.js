@@ -42,26 +42,66 @@ export class Table {
       const order = typeof a.key === "number" ? a.key - b.key : String(a.key).localeCompare(String(b.key));
       return (this.down ? -order : order) || a.node.index - b.node.index;
     });
-    const head = COLUMNS.map(([name]) => h(
-      "th", { scope: "col", class: NUMBERS.has(name) ? "number" : null, "aria-sort": name === this.by ? (this.down ? "descending" : "ascending") : "none" },
-      h("button", { type: "button", on: { click: () => this.sort(name) } }, name, name === this.by ? (this.down ? " ↓" : " ↑") : "")));
+    const head = COLUMNS.map(([name]) =>
+      h(
+        "th",
+        {
+          scope: "col",
+          class: NUMBERS.has(name) ? "number" : null,
+          "aria-sort": name === this.by ? (this.down ? "descending" : "ascending") : "none",
+        },
+        h(
+          "button",
+          { type: "button", on: { click: () => this.sort(name) } },
+          name,
+          name === this.by ? (this.down ? " ↓" : " ↑") : "",
+        ),
+      ),
+    );
     const count = `${app.model.nodes.length} nodes and ${app.model.edges.length} edges at the current thresholds`;
-    this.pane.replaceChildren(h("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "Nodes" }, h("table", {},
-      h("caption", {}, count), h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows.map(({ node }) => this.row(node))))));
+    this.pane.replaceChildren(
+      h(
+        "div",
+        { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "Nodes" },
+        h(
+          "table",
+          {},
+          h("caption", {}, count),
+          h("thead", {}, h("tr", {}, head)),
+          h(
+            "tbody",
+            {},
+            rows.map(({ node }) => this.row(node)),
+          ),
+        ),
+      ),
+    );
   }
 
   row(node) {
     const { app } = this;
-    return h("tr", { class: app.state.clicked === node.id ? "current" : null }, COLUMNS.map(([name, value]) => {
-      if (name === "node") {
-        return h("th", { scope: "row" }, h("span", { class: `chip ${node.kind}`, "aria-hidden": "true" }),
-          h("button", { type: "button", class: "link", on: { click: () => app.open(node.id) } }, value(app, node)));
-      }
-      if (name === "position") return h("td", { class: "number" }, app.model.graph.place(node.position));
-      if (name === "layer") return h("td", { class: "number" }, node.layer < 0 ? "" : node.layer);
-      const shown = value(app, node);
-      return h("td", { class: NUMBERS.has(name) ? "number" : null }, typeof shown === "number" ? short(shown) : shown);
-    }));
+    return h(
+      "tr",
+      { class: app.state.clicked === node.id ? "current" : null },
+      COLUMNS.map(([name, value]) => {
+        if (name === "node") {
+          return h(
+            "th",
+            { scope: "row" },
+            h("span", { class: `chip ${node.kind}`, "aria-hidden": "true" }),
+            h("button", { type: "button", class: "link", on: { click: () => app.open(node.id) } }, value(app, node)),
+          );
+        }
+        if (name === "position") return h("td", { class: "number" }, app.model.graph.place(node.position));
+        if (name === "layer") return h("td", { class: "number" }, node.layer < 0 ? "" : node.layer);
+        const shown = value(app, node);
+        return h(
+          "td",
+          { class: NUMBERS.has(name) ? "number" : null },
+          typeof shown === "number" ? short(shown) : shown,
+        );
+      }),
+    );
   }
 
   sort(name) {

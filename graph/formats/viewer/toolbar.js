@@ -4,7 +4,16 @@ import { byId, h, nextFrame } from "./dom.js";
 
 function slider(app, { id, name, field, most, title }) {
   const shown = h("output", { for: id });
-  const input = h("input", { type: "range", id, min: 0, max: most, step: 0.01, title, "aria-label": `${name}: ${title.toLowerCase()}`, "aria-describedby": "counts" });
+  const input = h("input", {
+    type: "range",
+    id,
+    min: 0,
+    max: most,
+    step: 0.01,
+    title,
+    "aria-label": `${name}: ${title.toLowerCase()}`,
+    "aria-describedby": "counts",
+  });
   const show = () => {
     input.value = String(app.state[field]);
     shown.textContent = app.state[field].toFixed(2);
@@ -22,19 +31,71 @@ export class Toolbar {
     this.app = app;
     const { state, model } = app;
     this.sliders = [
-      slider(app, { id: "node-threshold", name: "Nodes", field: "nodeThreshold", most: state.most.node, title: "Share of the influence that the kept nodes hold" }),
-      slider(app, { id: "edge-threshold", name: "Edges", field: "edgeThreshold", most: state.most.edge, title: "Share of the edge scores that the kept edges hold" }),
+      slider(app, {
+        id: "node-threshold",
+        name: "Nodes",
+        field: "nodeThreshold",
+        most: state.most.node,
+        title: "Share of the influence that the kept nodes hold",
+      }),
+      slider(app, {
+        id: "edge-threshold",
+        name: "Edges",
+        field: "edgeThreshold",
+        most: state.most.edge,
+        title: "Share of the edge scores that the kept edges hold",
+      }),
     ];
     const densities = [...model.graph.pages.values()].some((page) => page.density !== undefined);
-    if (densities) this.sliders.push(slider(app, { id: "density", name: "Density", field: "density", most: 1, title: "Leave out features that are active on more than this share of all tokens" }));
+    if (densities)
+      this.sliders.push(
+        slider(app, {
+          id: "density",
+          name: "Density",
+          field: "density",
+          most: 1,
+          title: "Leave out features that are active on more than this share of all tokens",
+        }),
+      );
     this.counts = h("span", { id: "counts", class: "quiet" });
-    this.links = h("select", { id: "links", "aria-label": "What is lit around a node", on: { change: () => state.set({ linkType: this.links.value }) } },
-      [["both", "up- and downstream"], ["input", "upstream"], ["output", "downstream"]].map(([value, text]) => h("option", { value }, text)));
-    const view = (name, text) => h("button", { type: "button", "aria-pressed": "false", on: { click: () => this.show(name) } }, text);
+    this.links = h(
+      "select",
+      {
+        id: "links",
+        "aria-label": "What is lit around a node",
+        on: { change: () => state.set({ linkType: this.links.value }) },
+      },
+      [
+        ["both", "up- and downstream"],
+        ["input", "upstream"],
+        ["output", "downstream"],
+      ].map(([value, text]) => h("option", { value }, text)),
+    );
+    const view = (name, text) =>
+      h("button", { type: "button", "aria-pressed": "false", on: { click: () => this.show(name) } }, text);
     this.views = { picture: view("picture", "Picture"), table: view("table", "Table") };
-    const theme = h("button", { type: "button", id: "theme", "aria-label": "Light or dark", title: "Light or dark", on: { click: () => this.turn() } }, "◐");
-    byId("tools").append(search.element, h("span", { class: "tabs", role: "group", "aria-label": "View" }, ...Object.values(this.views)), theme);
-    byId("controls").append(...this.sliders.map((one) => one.element), this.counts, h("span", { class: "spring" }), this.links);
+    const theme = h(
+      "button",
+      {
+        type: "button",
+        id: "theme",
+        "aria-label": "Light or dark",
+        title: "Light or dark",
+        on: { click: () => this.turn() },
+      },
+      "◐",
+    );
+    byId("tools").append(
+      search.element,
+      h("span", { class: "tabs", role: "group", "aria-label": "View" }, ...Object.values(this.views)),
+      theme,
+    );
+    byId("controls").append(
+      ...this.sliders.map((one) => one.element),
+      this.counts,
+      h("span", { class: "spring" }),
+      this.links,
+    );
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => app.recolour());
     this.show("picture");
     this.draw();
@@ -58,7 +119,9 @@ export class Toolbar {
 
   turn() {
     const root = document.documentElement;
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    const dark = root.dataset.theme
+      ? root.dataset.theme === "dark"
+      : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
     this.app.recolour();
   }

@@ -51,10 +51,16 @@ export class Viewport {
     if (!this.width) return;
     const outputs = this.model.nodes.filter((node) => node.kind === "logit").length;
     this.head = outputs ? 74 : 16;
-    const size = { width: this.width - LEFT - RIGHT, height: this.height - this.head - this.axes.depthFor((this.width - LEFT) / this.model.graph.tokens.length) };
+    const size = {
+      width: this.width - LEFT - RIGHT,
+      height: this.height - this.head - this.axes.depthFor((this.width - LEFT) / this.model.graph.tokens.length),
+    };
     this.layout = layoutOf(this.model, size);
     this.scene = {
-      model: this.model, layout: this.layout, points: curvesOf(this.model, this.layout), colours: this.colours(),
+      model: this.model,
+      layout: this.layout,
+      points: curvesOf(this.model, this.layout),
+      colours: this.colours(),
     };
     const focused = document.activeElement?.dataset?.id;
     this.axes.build(this.model, this.layout);
@@ -162,7 +168,8 @@ export class Viewport {
   }
 
   zoomButtons() {
-    const button = (text, name, act) => h("button", { type: "button", "aria-label": name, title: name, on: { click: act } }, text);
+    const button = (text, name, act) =>
+      h("button", { type: "button", "aria-label": name, title: name, on: { click: act } }, text);
     byId("zoom").append(
       button("+", "Zoom in", () => this.zoomBy(1.4)),
       button("−", "Zoom out", () => this.zoomBy(1 / 1.4)),
@@ -201,7 +208,12 @@ export class Viewport {
   down(event) {
     if (event.button > 0) return;
     this.pointers.set(event.pointerId, this.at(event));
-    this.pressed = { at: this.at(event), node: event.target.closest?.(".node")?.dataset.id, moved: false, shift: event.shiftKey };
+    this.pressed = {
+      at: this.at(event),
+      node: event.target.closest?.(".node")?.dataset.id,
+      moved: false,
+      shift: event.shiftKey,
+    };
   }
 
   moved(event) {
@@ -225,7 +237,8 @@ export class Viewport {
   pinch(id, x, y) {
     const [other] = [...this.pointers].filter(([key]) => key !== id).map(([, point]) => point);
     const before = this.pointers.get(id);
-    const ratio = Math.hypot(x - other[0], y - other[1]) / Math.max(1, Math.hypot(before[0] - other[0], before[1] - other[1]));
+    const ratio =
+      Math.hypot(x - other[0], y - other[1]) / Math.max(1, Math.hypot(before[0] - other[0], before[1] - other[1]));
     this.pressed.moved = true;
     this.zoomBy(ratio, (x + other[0]) / 2, (y + other[1]) / 2);
   }
@@ -275,15 +288,17 @@ export class Viewport {
     if (node >= 0) {
       const shown = model.graph.nodes[node];
       tip.replaceChildren(
-        h("strong", {}, model.fullName(shown)), h("span", {}, `at ${model.graph.place(shown.position)}`),
+        h("strong", {}, model.fullName(shown)),
+        h("span", {}, `at ${model.graph.place(shown.position)}`),
         h("span", { class: "quiet" }, figuresLine(shown)),
       );
     } else {
       const head = model.strongestHead(edge);
       const told = `${signed(model.graph.weight[edge])} · ${percent(model.share[edge])} of the target’s input`;
       tip.replaceChildren(
-        h("strong", {}, visible(model.edgeTitle(edge))), h("span", {}, told),
-        head && h("span", { class: "quiet" }, `most through ${head}; click to see its attention`) || "",
+        h("strong", {}, visible(model.edgeTitle(edge))),
+        h("span", {}, told),
+        (head && h("span", { class: "quiet" }, `most through ${head}; click to see its attention`)) || "",
       );
     }
     const { clientX, clientY } = this.last;
