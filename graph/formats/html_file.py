@@ -42,6 +42,7 @@ MODULES = (
     "layout.js",
     "curves.js",
     "edge_canvas.js",
+    "names.js",
     "node_layer.js",
     "axes.js",
     "viewport.js",

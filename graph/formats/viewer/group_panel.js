@@ -36,8 +36,7 @@ export function groupPanel(app, group) {
           h(
             "li",
             {},
-            nodeButton(app, node),
-            h("small", {}, `at ${model.graph.place(node.position)}`),
+            h("span", {}, nodeButton(app, node), h("small", {}, `at ${model.graph.place(node.position)}`)),
             h("span", { class: "value" }, short(node.influence)),
           ),
         ),

@@ -170,7 +170,7 @@ export function layoutOf(model, size) {
       placed.x[node.index] = centre + (place - (inLine - 1) / 2) * slot;
       placed.y[node.index] = row.top + row.height / 2 + (line - (count - 1) / 2) * down;
       placed.r[node.index] = Math.min(larger * radius(model, node), Math.max(2.4, 0.62 * Math.min(slot, down)));
-      placed.reach[node.index] = Math.max(placed.r[node.index], Math.min(0.5 * Math.min(slot, down), 11));
+      placed.reach[node.index] = Math.max(placed.r[node.index] + 1.5, Math.min(0.5 * Math.min(slot, down), 11));
     });
   }
   return { ...placed, columns, rows, width: left, height: top, slot: space.slot, scale };

@@ -1,10 +1,8 @@
 // Nodes and their names, in SVG above the edges: a shape for each kind, as in graph/formats/svg_parts.py.
 
-import { s, short, tokenText, clipped } from "./dom.js";
+import { s, short } from "./dom.js";
 import { shiftLayer } from "./edge_canvas.js";
-
-const NAME_SIZE = 10.5;
-const MOST_NAMES = 140;
+import { Names } from "./names.js";
 
 /** The outline of a kind's shape around the origin. */
 export function shapePath(kind, r) {
@@ -21,22 +19,13 @@ export function shapePath(kind, r) {
   return `M${-r} ${-r}H${r}V${r}H${-r}z`;
 }
 
-let canvasForText = null;
-
-/** How wide a text is at the size of names on the picture. */
-function widthOf(text) {
-  canvasForText ??= document.createElement("canvas").getContext("2d");
-  canvasForText.font = `${NAME_SIZE}px ${getComputedStyle(document.body).fontFamily}`;
-  return canvasForText.measureText(text).width;
-}
-
 export class NodeLayer {
   constructor(svg) {
     this.svg = svg;
     this.world = s("g");
     this.shapes = s("g");
-    this.names = s("g", { class: "names", "aria-hidden": "true" });
-    this.world.append(this.names, this.shapes);
+    this.names = new Names();
+    this.world.append(this.names.below, this.shapes, this.names.above);
     svg.append(this.world);
     this.drawn = { k: 1, x: 0, y: 0 };
     this.elements = new Map();
@@ -44,9 +33,9 @@ export class NodeLayer {
   }
 
   /** Make the elements of all shown nodes anew, in reading order: by position, then from below. */
-  build(model, layout) {
+  build({ model, layout, points }) {
     this.model = model;
-    this.layout = layout;
+    this.names.of(model, layout, points);
     this.elements.clear();
     const inOrder = [...model.nodes].sort((a, b) => a.position - b.position || a.depth - b.depth || a.index - b.index);
     for (const node of inOrder) {
@@ -78,7 +67,7 @@ export class NodeLayer {
     this.drawn = { ...view };
     this.svg.style.transform = "";
     this.world.setAttribute("transform", `translate(${view.x} ${view.y}) scale(${view.k})`);
-    this.placeNames(view);
+    this.names.place(view.k);
   }
 
   follow(view) {
@@ -105,7 +94,7 @@ export class NodeLayer {
       const lit = Boolean(flow) && (flow.nodes[node.index] >= 0.02 || ends.includes(node.index));
       this.elements.get(node.id).classList.toggle("lit", lit);
     }
-    for (const name of this.names.children) {
+    for (const name of this.names.below.children) {
       const node = this.model.graph.byId.get(name.dataset.of);
       name.classList.toggle("lit", Boolean(flow) && (flow.nodes[node.index] >= 0.02 || ends.includes(node.index)));
     }
@@ -119,69 +108,6 @@ export class NodeLayer {
     this.tabStop = id;
     element.setAttribute("tabindex", "0");
     element.focus({ preventScroll: true });
-  }
-
-  /** Name the outputs, and as many features as there is room for, those with most influence first. */
-  placeNames(view) {
-    const { model, layout } = this;
-    const size = NAME_SIZE / view.k;
-    const taken = [];
-    for (const node of model.nodes) {
-      const r = layout.r[node.index] + 1;
-      taken.push([
-        layout.x[node.index] - r,
-        layout.y[node.index] - r,
-        layout.x[node.index] + r,
-        layout.y[node.index] + r,
-      ]);
-    }
-    const free = (box) =>
-      box[0] > -20 &&
-      box[2] < layout.width + 60 / view.k &&
-      !taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1]);
-    const names = [];
-    const write = (node, x, y, text, extra = {}) =>
-      names.push(
-        s(
-          "text",
-          { x: x.toFixed(1), y: y.toFixed(1), "font-size": size.toFixed(2), "data-of": node.id, ...extra },
-          text,
-        ),
-      );
-    for (const node of model.nodes.filter((other) => other.kind === "logit")) {
-      const [x, y] = [layout.x[node.index] + 3 / view.k, layout.y[node.index] - layout.r[node.index] - 4 / view.k];
-      const chance = node.probability >= 0 ? ` ${node.probability.toFixed(2)}` : "";
-      const text = clipped(tokenText(node.label), 16) + chance;
-      write(node, x, y, text, { class: "output", transform: `rotate(-40 ${x.toFixed(1)} ${y.toFixed(1)})` });
-    }
-    const features = model.nodes.filter((node) => node.isFeature && this.wantsName(node, view));
-    features.sort((a, b) => b.influence - a.influence || a.index - b.index);
-    for (const node of features.slice(0, 3 * MOST_NAMES)) {
-      if (names.length >= MOST_NAMES) break;
-      const text = model.shortName(node, 24);
-      const half = widthOf(text) / view.k / 2 + 1;
-      const [x, y, r] = [layout.x[node.index], layout.y[node.index], layout.r[node.index]];
-      const tall = 0.5 * size;
-      const places = [
-        [0, r + tall + 1],
-        [r + half + 2, 0],
-        [-r - half - 2, 0],
-        [0, -r - tall - 1],
-      ];
-      for (const [dx, dy] of places) {
-        const box = [x + dx - half, y + dy - tall, x + dx + half, y + dy + tall];
-        if (!free(box)) continue;
-        taken.push(box);
-        write(node, x + dx, y + dy + 0.36 * size, text, { class: model.label(node) ? "label" : "number" });
-        break;
-      }
-    }
-    this.names.replaceChildren(...names);
-  }
-
-  /** Labels always; bare numbers only of what matters, or close up. */
-  wantsName(node, view) {
-    return this.model.label(node) !== "" || view.k > 1.6 || node.influence > 0.12 * this.model.topInfluence;
   }
 }
 

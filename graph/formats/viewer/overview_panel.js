@@ -47,8 +47,7 @@ export function overviewPanel(app) {
               h(
                 "li",
                 {},
-                nodeButton(app, node),
-                h("small", {}, `at ${graph.place(node.position)}`),
+                h("span", {}, nodeButton(app, node), h("small", {}, `at ${graph.place(node.position)}`)),
                 h("span", { class: "value", title: "influence" }, short(node.influence)),
               ),
             ),
@@ -76,7 +75,7 @@ function stepRow(app, edge) {
       { type: "button", class: "step", on },
       h("b", {}, model.strongestHead(edge)),
       h("span", { class: "name" }, `${graph.tokenText(source.position)} → ${graph.tokenText(target.position)}`),
-      h("span", { class: "note" }, `${model.shortName(source, 22)} to ${model.fullName(target)}`),
+      h("span", { class: "note" }, `${model.shortName(source, 26)} to ${model.label(target) || graph.name(target)}`),
       h("span", { class: "value" }, signed(graph.weight[edge])),
     ),
   );

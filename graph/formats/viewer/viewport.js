@@ -64,7 +64,7 @@ export class Viewport {
     };
     const focused = document.activeElement?.dataset?.id;
     this.axes.build(this.model, this.layout);
-    this.nodes.build(this.model, this.layout);
+    this.nodes.build(this.scene);
     if (this.untouched) this.fit();
     this.settle();
     if (focused) this.nodes.focus(focused);
@@ -131,6 +131,8 @@ export class Viewport {
     this.canvas.follow(this.view);
     const alone = only >= 0 && !flow ? { nodes: new Float64Array(model.graph.nodes.length) } : null;
     this.nodes.light(flow ?? alone, ends);
+    const lit = only >= 0 ? [only] : flow ? this.canvas.shown.filter((one) => flow.edges[one] > 0.02) : model.edges;
+    this.nodes.names.over(lit, model.graph.byId.get(state.clicked));
     this.stage.classList.toggle("focused", Boolean(flow) || only >= 0);
     const at = [...ends, ...(node >= 0 ? [node] : [])].map((index) => model.graph.nodes[index].position);
     this.axes.light(new Set(at));
