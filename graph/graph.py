@@ -217,7 +217,7 @@ class Graph:
         return from_networkx(digraph)
 
     def save(self, path: str | Path) -> None:
-        """Write the graph in the format of the path's suffix: .json, .npz, .dot, .graphml or .svg.
+        """Write the graph in the format of the path's suffix: .json, .npz, .dot, .graphml, .svg or .html.
 
         The file is written whole or not at all, and the same graph gives the same bytes.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from circuits.prompt import Prompt
     from circuits.targets import Target
 
-FORMATS = ("json", "npz", "svg", "dot", "graphml")
+FORMATS = ("json", "npz", "svg", "html", "dot", "graphml")
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class _Wanted:
 @click.option("--features", "store", type=click.Path(path_type=Path),
               help="Feature store that labels are taken from. Default: the embedded model's.")  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.html, ..."
 )
-@click.option("--format", "formats", default="json,svg", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
+@click.option("--format", "formats", default="json,svg,html", show_default=True,
+              help=f"Which files: {','.join(FORMATS)}.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No tables.")
 def command(**options: Any) -> None:
     """Trace PROMPT to an attribution graph in which every step between two tokens is visible.
