@@ -17,6 +17,7 @@ _COMMANDS = {
     "render": ("circuits.cli.render", "Write a saved graph as SVG, DOT, GraphML, JSON or npz."),
     "label": ("circuits.cli.label", "Label a saved graph's features, from feature pages or from Neuronpedia."),
     "features": ("circuits.cli.features", "Build, show, label, import and export feature pages."),
+    "serve": ("circuits.cli.serve", "Trace, intervene and read feature pages in a browser."),
     "upload": ("circuits.cli.upload", "Upload a saved graph to Neuronpedia."),
     "info": ("circuits.cli.info", "Describe a model or a replacement."),
     "convert": ("circuits.cli.convert", "Write a replacement in our format or circuit-tracer's."),

@@ -93,7 +93,7 @@ def to_html(graph: Graph, pages: Pages | None = None) -> str:
     """
     if not graph.tokens:
         raise GraphError("The graph has no tokens, so there is nothing to show.")
-    script, style = _script(), _style()
+    script, style = _script(), style_sheet()
     parts = {
         "policy": _policy(script, style),
         "title": html.escape(f"{visible(graph.prompt)[:80]} · circuits"),
@@ -120,7 +120,7 @@ def _module(name: str, text: str) -> str:
     return f"const module_{name} = (() => {{\n{body}\nreturn {{ {exported} }};\n}})();"
 
 
-def _style() -> str:
+def style_sheet() -> str:
     """The style sheets, with the colours of the SVG as variables of the light and of the dark scheme."""
     light, dark = (
         "".join(f"--{name}:{colour};" for name, colour in scheme.items()) for scheme in (LIGHT, DARK)
