@@ -18,14 +18,14 @@ export const ROW_NAMES = { embedding: "tokens", key: "key side", attention: "att
 const KIND_ORDER = Object.keys(SORTS);
 const LOGIT_SLOT = 21;
 const LEAST_COLUMN = 11;
-const LEAST_SCALE = 0.3;
+const LEAST_SLOT = 4.5;
 
-/** Least column and row, and a node's slot across and down, by the width that each token may have. */
-function room(width) {
-  if (width >= 90) return { column: 60, row: 36, slot: 26, line: 22 };
-  if (width >= 30) return { column: 30, row: 28, slot: 22, line: 19 };
-  return { column: 11.5, row: 24, slot: 14, line: 14.5 };
-}
+// Least column and row, and a node's slot across and down: from a few tokens to many.
+const ROOMS = [
+  { column: 60, row: 36, slot: 26, line: 22 },
+  { column: 30, row: 28, slot: 22, line: 19 },
+  { column: 11.5, row: 24, slot: 14, line: 14.5 },
+];
 
 function cellsOf(model) {
   const cells = new Map();
@@ -97,26 +97,33 @@ function radius(model, node) {
 const summed = (numbers) => numbers.reduce((sum, number) => sum + number, 0);
 const heightOf = (rows) => summed(rows.map((row) => row.height + row.lane));
 
-/** How long the lines of cells are: as it lets the picture be largest in the room that there is. */
-function bestPacking(model, cells, space, size) {
+/** How large the room of a node is and how long the lines of cells are: so that nodes stand farthest apart. */
+function bestPacking(model, cells, size) {
   let best = null;
-  for (const flatness of [3, 2, 1.4, 1, 0.7]) {
-    const perLine = new Array(model.graph.tokens.length).fill(1);
-    for (const cell of cells) {
-      if (cell.sort === "logit") continue;
-      const count = cell.nodes.length;
-      const wanted = Math.min(count, Math.ceil(Math.sqrt(flatness * count)));
-      perLine[cell.position] = Math.max(perLine[cell.position], wanted);
+  const first = size.width / model.graph.tokens.length >= 90 ? 0 : 1;
+  for (const space of ROOMS.slice(first)) {
+    for (const flatness of [3, 2, 1.4, 1, 0.7]) {
+      const one = packing(model, cells, space, flatness, size);
+      if (!best || one.scale * space.slot > 1.01 * best.scale * best.space.slot) best = one;
     }
-    const widths = perLine.map((count) => Math.max(space.column, (count + 0.5) * space.slot));
-    const rows = rowsOf(model, cells, perLine, space);
-    const mean = summed(widths) / widths.length;
-    // Narrow columns are not made narrower than their token; the picture then reaches beyond the window.
-    const across = Math.max(size.width / summed(widths), LEAST_COLUMN / mean);
-    const scale = Math.max(LEAST_SCALE, Math.min(1, across, size.height / heightOf(rows)));
-    if (!best || scale > best.scale + 0.01) best = { perLine, widths, rows, scale };
   }
   return best;
+}
+
+function packing(model, cells, space, flatness, size) {
+  const perLine = new Array(model.graph.tokens.length).fill(1);
+  for (const cell of cells) {
+    if (cell.sort === "logit") continue;
+    const count = cell.nodes.length;
+    const wanted = Math.min(count, Math.ceil(Math.sqrt(flatness * count)));
+    perLine[cell.position] = Math.max(perLine[cell.position], wanted);
+  }
+  const widths = perLine.map((count) => Math.max(space.column, (count + 0.5) * space.slot));
+  const rows = rowsOf(model, cells, perLine, space);
+  // Columns are not made narrower than a token; the picture then reaches beyond the window.
+  const across = Math.max(size.width / summed(widths), (LEAST_COLUMN * widths.length) / summed(widths));
+  const scale = Math.max(LEAST_SLOT / space.slot, Math.min(1, across, size.height / heightOf(rows)));
+  return { perLine, widths, rows, scale, space };
 }
 
 /**
@@ -129,9 +136,8 @@ function bestPacking(model, cells, space, size) {
  */
 export function layoutOf(model, size) {
   const { graph } = model;
-  const space = room(size.width / graph.tokens.length);
   const cells = cellsOf(model);
-  const { perLine, widths, rows, scale } = bestPacking(model, cells, space, size);
+  const { perLine, widths, rows, scale, space } = bestPacking(model, cells, size);
   const spare = Math.max(0, size.width / scale - summed(widths)) / widths.length;
   let left = 0;
   const columns = widths.map((width, position) => {
@@ -169,7 +175,8 @@ export function layoutOf(model, size) {
       const place = number - line * length;
       placed.x[node.index] = centre + (place - (inLine - 1) / 2) * slot;
       placed.y[node.index] = row.top + row.height / 2 + (line - (count - 1) / 2) * down;
-      placed.r[node.index] = Math.min(larger * radius(model, node), Math.max(2.4, 0.62 * Math.min(slot, down)));
+      const part = node.kind === "embedding" ? 0.42 : 0.6;
+      placed.r[node.index] = Math.min(larger * radius(model, node), Math.max(2.4, part * Math.min(slot, down)));
       placed.reach[node.index] = Math.max(placed.r[node.index] + 1.5, Math.min(0.5 * Math.min(slot, down), 11));
     });
   }

@@ -77,7 +77,7 @@ export class Viewport {
     const column = layout.width / layout.columns.length;
     const depth = this.axes.depthFor(column * layout.scale);
     const roomY = this.height - this.head - depth;
-    const k = Math.min(layout.scale, Math.max(0.3, roomY / layout.height));
+    const k = Math.min(layout.scale, Math.max(LEAST, roomY / layout.height));
     const left = LEFT + Math.max(0, (roomX - k * layout.width) / 2);
     const x = k * layout.width > roomX ? this.width - RIGHT - k * layout.width : left;
     this.view = { k, x, y: this.head + Math.max(0, (roomY - k * layout.height) / 2) };
