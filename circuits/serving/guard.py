@@ -100,7 +100,7 @@ def hostname(host: str) -> str | None:
         name, _, port = host.lower().rpartition(":")
     else:
         name, port = host.lower(), "0"
-    if not name or not port.isdecimal() or (":" in name) != bool(bracket):
+    if not name or "[" in name or not port.isdecimal() or (":" in name) != bool(bracket):
         return None
     return name
 

@@ -34,7 +34,7 @@ class Entry:
     saved: float
     nodes: int
     edges: int
-    says: str
+    target: str
     changes: tuple[dict[str, Any], ...]
     of: str
 

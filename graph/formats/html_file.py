@@ -63,6 +63,7 @@ MODULES = (
     "table.js",
     "legend.js",
     "toolbar.js",
+    "outside.js",
     "main.js",
 )
 STYLES = ("base.css", "picture.css", "panels.css")

@@ -1,6 +1,5 @@
 """A real browser for the tests of the viewer; where there is none they are skipped, and say why."""
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,24 +10,13 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "graph")]
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Nothing that the browser itself would ask the network; as root it has no sandbox.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+from browsers import chromium  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium, one for all tests; each opens pages of its own."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium; install Debian's package chromium (.ci/run does)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing; install the extra 'dev'")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        context = started.new_context()
-        context.set_default_timeout(5000)
-        yield context
-        started.close()
+    yield from chromium()
 
 
 class Opened:

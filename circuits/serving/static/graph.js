@@ -48,11 +48,12 @@ class Bench {
   }
 
   /** What the viewer says: the node that is open, and the supernodes. */
-  hear({ node, groups }) {
-    this.node = node;
+  hear({ node, group, groups }) {
     this.groups = Array.isArray(groups) ? groups : [];
+    const wanted = node ? "" : group || (this.chosen?.group ? this.chosen.name : "");
+    const found = this.groups.find(({ name }) => name === wanted);
     if (node) this.chosen = { name: node.name, nodes: [node.id], node };
-    else if (!this.chosen?.group || !this.groups.some(({ name }) => name === this.chosen.name)) this.chosen = null;
+    else this.chosen = found ? { name: found.name, nodes: found.ids, group: true } : null;
     this.draw();
   }
 

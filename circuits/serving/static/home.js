@@ -90,7 +90,7 @@ function item(graph, box) {
     h(
       "p",
       { class: "quiet" },
-      graph.says ? h("span", {}, "says ", h("b", {}, `“${visible(graph.says)}”`), " · ") : null,
+      graph.target ? h("span", {}, "→ ", h("b", {}, `“${visible(graph.target)}”`), " · ") : null,
       `${graph.nodes} nodes · ${graph.edges} edges · ${ago(graph.saved)} · `,
       h("code", {}, graph.name),
     ),

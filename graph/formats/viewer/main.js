@@ -9,6 +9,7 @@ import { listenToKeys } from "./keyboard.js";
 import { drawLegend } from "./legend.js";
 import { Model } from "./model.js";
 import { nodePanel } from "./node_panel.js";
+import { tellOutside } from "./outside.js";
 import { overviewPanel } from "./overview_panel.js";
 import { Search } from "./search.js";
 import { State } from "./state.js";
@@ -38,6 +39,7 @@ class App {
     new ResizeObserver(() => this.subgraph.draw()).observe(byId("left"));
     this.subgraph.draw();
     this.inspect();
+    tellOutside(this);
   }
 
   headline() {
@@ -69,6 +71,7 @@ class App {
     this.subgraph.draw();
     if (!(names.size === 1 && names.has("selected"))) this.inspect();
     this.writeHash();
+    tellOutside(this);
   }
 
   writeHash() {
@@ -149,6 +152,7 @@ class App {
     this.state.clicked = this.state.edge = "";
     this.inspect();
     this.viewport.mark();
+    tellOutside(this);
   }
 
   /** What opens the node of an id, undefined where the file has none. */
