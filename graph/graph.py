@@ -228,6 +228,12 @@ class Graph:
 
         writer(path)(self, Path(path))
 
+    def _repr_html_(self) -> str | None:
+        """The viewer in a frame, for notebooks: cut off from the notebook's page, and with everything in it."""
+        from circuits.graph.formats.html_file import in_frame
+
+        return in_frame(self) if self.tokens else None
+
     @classmethod
     def load(cls, path: str | Path) -> Graph:
         """Read a graph that was saved as .json or .npz.

@@ -63,15 +63,17 @@ def command(**options: Any) -> None:
         studio = Studio(model, shelf, options["max_tokens"], options["features"])
         shown = f"[{host}]" if ":" in host else host
         if not is_loopback(host):
+            errors.print("Warning:", style="bold red", end=" ")
             errors.print(
-                f"[bold red]Warning:[/] listening on {shown}. Everybody who reaches this address can trace with your "
-                "model, read, change and delete the graphs here, and write labels: there is no password and no "
-                "encryption. Use --host 127.0.0.1 and a tunnel unless you trust everybody on this network."
+                f"listening on {shown}. Everybody who reaches this address can trace with your model, read, change "
+                "and delete the graphs here, and write labels: there is no password and no encryption. Use --host "
+                "127.0.0.1 and a tunnel unless you trust everybody on this network.",
+                markup=False,
             )
 
         def started() -> None:
             console.print(f"circuits at http://{shown}:{listening.getsockname()[1]}/  (graphs in {shelf.folder}; "
-                          "Ctrl-C stops)", soft_wrap=True)  # fmt: skip
+                          "Ctrl-C stops)", soft_wrap=True, markup=False)  # fmt: skip
 
         serve(studio, listening, host, Worker(options["waiting"], options["timeout"]), started)
     console.print("stopped")

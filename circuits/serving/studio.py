@@ -1,7 +1,7 @@
 """What is done with the model, the shelf and the feature pages: traces, interventions, viewers and labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from circuits.targets import Target, TokenDifference, parse_target, token_id
 from circuits.tracing import trace
 from circuits.changes import Change
 
-TOKENS = 10  # rows of the table of an intervention
+TOKENS = 8  # rows of the table of an intervention
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Studio:
         changed = self._traced(prompt, request, changes, job)
         made = {
             "of": name,
+            "asked": [asdict(change) for change in asked],
             "position": outcome.positions[0],
             "tokens": [row.__dict__ for row in outcome.top_tokens(count=TOKENS)],
         }

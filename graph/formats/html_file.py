@@ -106,6 +106,28 @@ def to_html(graph: Graph, pages: Pages | None = None) -> str:
     return _PLACE.sub(lambda place: parts[place[1]], _asset("page.html"))
 
 
+def in_frame(graph: Graph, pages: Pages | None = None, height: int = 720) -> str:
+    """The page inside another one, as an element that needs nothing beside it: what a notebook shows.
+
+    It has an origin of its own, so nothing in it reaches the page around it.
+
+    Args:
+        graph: The graph.
+        pages: Pages of features, as for `write`.
+        height: Height of the frame in pixels.
+
+    Raises:
+        GraphError: As for `to_html`.
+    """
+    texts = to_html(graph, pages), f"Attribution graph of {visible(graph.prompt)[:80]}"
+    # In ASCII, so that the script keeps its hash whatever encoding the page around it is read in.
+    inside, title = (html.escape(text).encode("ascii", "xmlcharrefreplace").decode("ascii") for text in texts)
+    style = f"width:100%;height:{height}px;border:0;border-radius:6px"
+    return (
+        f'<iframe title="{title}" sandbox="allow-scripts allow-downloads" style="{style}" srcdoc="{inside}"></iframe>'
+    )
+
+
 def _asset(name: str) -> str:
     return files("circuits.graph.formats").joinpath("viewer", name).read_text(encoding="utf-8")
 

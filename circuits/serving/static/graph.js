@@ -1,7 +1,8 @@
 // A graph's page: the viewer, what to change in the model, and, after a change, before and after beside each other.
+// Changes are always of the graph before any: a changed model is changed further by all changes at once.
 
 import { data, path, post, Progress, say, show } from "./api.js";
-import { clipped, h, short, signed, visible } from "./dom.js";
+import { clipped, h, signed, visible } from "./dom.js";
 import { changeWords } from "./words.js";
 
 const { graph, before, intervention } = data;
@@ -27,7 +28,7 @@ function frame(entry, title, told) {
 class Bench {
   constructor() {
     this.chosen = null; // what would be changed: {name, nodes}
-    this.changes = [];
+    this.changes = (intervention?.asked ?? []).map(({ nodes, how, value }) => ({ name: nodes.join(", "), nodes, how, value }));
     this.groups = [];
     this.target = h("span", { class: "target" });
     this.select = h("select", { "aria-label": "Supernode", on: { change: () => this.pickGroup() } });
@@ -41,7 +42,7 @@ class Bench {
       "section",
       { class: "bench", "aria-label": "Intervene" },
       h("div", { class: "line" }, this.target, this.select, this.ablate, this.scale, this.factor, this.page),
-      h("div", { class: "line" }, this.list, this.run),
+      (this.line = h("div", { class: "line" }, this.list, this.run)),
       ...progress.parts,
     );
     this.draw();
@@ -77,7 +78,7 @@ class Bench {
   async send() {
     this.run.disabled = true;
     const changes = this.changes.map(({ nodes, how, value }) => ({ nodes, how, value }));
-    const result = await progress.run(path("api", "graphs", graph.name, "interventions"), { changes });
+    const result = await progress.run(path("api", "graphs", (before ?? graph).name, "interventions"), { changes });
     this.run.disabled = false;
     if (result) location.assign(path("graphs", result.graph));
   }
@@ -87,7 +88,7 @@ class Bench {
     const open = chosen?.node;
     const fixed = open?.kind === "logit";
     this.target.textContent = !chosen
-      ? "Click a node to change what it does."
+      ? `Click a node${before ? " of the graph before" : ""} to change what it does.`
       : fixed
         ? "An output cannot be changed; click what feeds it."
         : chosen.group
@@ -113,7 +114,7 @@ class Bench {
         return h("li", {}, h("b", {}, words), ` ${clipped(visible(change.name), 60)}`, button);
       }),
     );
-    this.list.hidden = this.run.hidden = !this.changes.length;
+    this.line.hidden = !this.changes.length;
   }
 }
 
@@ -177,7 +178,7 @@ function compared(after) {
   const both = h(
     "div",
     { class: "panes both" },
-    pane("Before", before && path("graphs", before.name), before ? frame(before, "Graph before the change") : gone, "before"),
+    pane("Before", before && path("graphs", before.name), before ? frame(before, "Graph before the change", (message) => bench.hear(message)) : gone, "before"),
     pane("After", null, after, "after"),
   );
   const views = [["both", "Side by side"], ["before", "Before"], ["after", "After"]];
@@ -198,20 +199,21 @@ function compared(after) {
 const bench = new Bench();
 const keeper = new Keeper();
 const viewer = frame(graph, "Attribution graph", (message) => {
-  bench.hear(message);
+  if (!intervention) bench.hear(message);
   keeper.hear(message);
 });
 const { both, tabs } = intervention ? compared(viewer) : {};
 const head = h(
   "header",
   { class: "graph-head" },
-  h("h1", {}, visible(graph.prompt)),
+  h("h1", { class: "unseen" }, visible(graph.prompt)),
+  h("p", {}, graph.name),
   graph.changes.length ? h("p", { class: "changed" }, changeWords(graph.changes)) : null,
-  h("p", { class: "quiet" }, `${graph.name} · ${short(graph.nodes)} nodes`),
   h("div", { class: "line" }, tabs ?? null, keeper.button, keeper.note, h("a", { class: "button", href: path("api", "graphs", graph.name), download: `${graph.name}.json` }, "graph.json")),
 );
 if (intervention) {
   const words =
     "The graph after is traced on the changed run itself: whatever the model recomputed is what is explained, and the changes are held.";
-  show(head, logits(), h("p", { class: "quiet note" }, words), bench.box, both);
+  const beside = h("div", {}, h("p", { class: "quiet note" }, words), before ? bench.box : null);
+  show(head, h("div", { class: "result" }, logits(), beside), both);
 } else show(head, bench.box, h("div", { class: "panes one" }, h("section", { class: "pane" }, viewer)));
