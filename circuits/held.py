@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from circuits.changes import Change, Plan, Planner, Side
 from circuits.errors import CircuitsError
@@ -65,7 +66,9 @@ def added_by(linear: LinearizedModel, plan: Plan) -> Added:
     nothing = linear.recording.embedding.new_zeros(2, 1, 0)
     run = RealRun(linear, plan, recorded, nothing, keep_written=True)
     run.forward(linear.recording.token_ids[None])
-    sites, raw, values = {}, {}, {}
+    sites: dict[Site, Tensor] = {}
+    raw: dict[Site, Tensor] = {}
+    values: dict[int, Tensor] = {}
     for (site, is_raw), added in run.written.items():
         if bool(added.any()):
             if site.name == "v":

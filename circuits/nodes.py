@@ -5,6 +5,7 @@ Nodes are sorted by position, then depth, then feature, so the nodes of one posi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from circuits.replacements.sites import Site
 from circuits.replacements.weights import unmap
 
 # Of a dictionary's features, on one side ("own", "key", "query"): what they are once changes are held.
-Hold = Callable[[int, str, Active], Active]
+Hold = Callable[[int, Literal["own", "key", "query"], Active], Active]
 
 ROWS = 1024  # decoder rows on their way at a time: they fit into the cache
 SHORT = 16  # decoder rows that are too few to be read alone
@@ -168,7 +169,7 @@ def _drop_first(block: _Block) -> None:
     block.values = None if block.values is None else block.values[kept]
 
 
-def _unchanged(index: int, side: str, active: Active) -> Active:
+def _unchanged(index: int, side: Literal["own", "key", "query"], active: Active) -> Active:
     return active
 
 

@@ -184,15 +184,7 @@ def record(model: BaseModel, token_ids: Tensor, added: Added | None = None) -> R
         return tuple(_norm(model, part(block, path), x) for block, x in zip(blocks, inputs, strict=True))
 
     before_post = kept[family.attention_post_norm or ""]
-    for layer, x in enumerate(before_post):
-        if (raw := added.raw.get(Site("attn_out", layer))) is not None:
-            before_post[layer] = x - raw
-    read = None
-    if added.sites or added.raw:
-        read, stacked["attn_out"] = stacked["attn_out"], stacked["attn_out"].clone()
-        for site, what in added.sites.items():
-            if site.name in ("attn_out", "mlp_out", "resid_post"):
-                stacked["attn_out" if site.name == "attn_out" else "mlp_out"][site.layer] += what
+    read = _count_in(stacked, before_post, added)
     return Recording(
         token_ids=token_ids,
         embedding=embedding[0],
@@ -208,6 +200,23 @@ def record(model: BaseModel, token_ids: Tensor, added: Added | None = None) -> R
         values_added=dict(added.values),
         **stacked,
     )
+
+
+def _count_in(stacked: dict[str, Tensor], before_post: list[Tensor], added: Added) -> Tensor | None:
+    """Put what was added into the outputs that were kept before it; gives the attention outputs as readers read them.
+
+    What stands before a post-norm was kept with what was added there, and is for readers: that comes out.
+    """
+    if not (added.sites or added.raw):
+        return None
+    for layer, x in enumerate(before_post):
+        if (raw := added.raw.get(Site("attn_out", layer))) is not None:
+            before_post[layer] = x - raw
+    read, stacked["attn_out"] = stacked["attn_out"], stacked["attn_out"].clone()
+    for place, what in added.sites.items():
+        if place.name in ("attn_out", "mlp_out", "resid_post"):
+            stacked["attn_out" if place.name == "attn_out" else "mlp_out"][place.layer] += what
+    return read
 
 
 def _add(model: BaseModel, added: Added) -> list[Any]:

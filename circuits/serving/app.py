@@ -57,7 +57,7 @@ def application(studio: Studio, worker: Worker, host: str) -> Starlette:
         Route("/api/features/{dictionary}/{feature:int}", site.page),
         Route("/api/features/{dictionary}/{feature:int}/label", site.label, methods=["POST"]),
     ]
-    known: dict[Any, Any] = {kind: _refused for kind in (CircuitsError, GraphError, Full)}
+    known: dict[Any, Any] = dict.fromkeys((CircuitsError, GraphError, Full), _refused)
     known[HTTPException] = _http
     return Starlette(routes=routes, middleware=[Middleware(Guard, host=host)], exception_handlers=known)
 

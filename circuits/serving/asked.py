@@ -64,8 +64,8 @@ def trace_asked(content: Any, max_tokens: int) -> TraceAsked:
     explain = given.get("explain", False)
     if type(explain) is not bool:
         raise Bad("explain: expected true or false")
-    thresholds = (_share(given, name, usual) for name, usual in (("node_threshold", 0.8), ("edge_threshold", 0.98)))
-    return TraceAsked(prompt, targets, minus, *thresholds, most, explain)
+    nodes, edges = _share(given, "node_threshold", 0.8), _share(given, "edge_threshold", 0.98)
+    return TraceAsked(prompt, targets, minus, nodes, edges, most, explain)
 
 
 def changes_asked(content: Any) -> list[ChangeAsked]:

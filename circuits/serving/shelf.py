@@ -165,7 +165,8 @@ def _about(name: str, content: dict[str, Any], saved: float) -> Entry:
     own, metadata = content.get("graph") or {}, content["metadata"]
     prompt = own.get("prompt") or metadata.get("prompt") or ""
     outputs = [node for node in content["nodes"] if node.get("feature_type") == "logit"]
-    best = max(outputs, key=lambda node: node.get("probability") or node.get("token_prob") or 0.0, default={})
+    likely = sorted(outputs, key=lambda node: -(node.get("probability") or node.get("token_prob") or 0.0))
+    best: dict[str, Any] = likely[0] if likely else {}
     made = metadata.get("intervention") or {}
     return Entry(
         name, str(prompt), saved, len(content["nodes"]), len(content["links"]), str(best.get("label") or ""),

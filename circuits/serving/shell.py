@@ -20,7 +20,9 @@ PAGE = """<!doctype html>
 <link rel="stylesheet" href="/static/serve.css">
 {script}</head>
 <body class="{page}-page">
-<nav aria-label="Pages"><a class="brand" href="/">circuits</a><a href="/">Trace</a><a href="/features">Features</a></nav>
+<nav aria-label="Pages">
+<a class="brand" href="/">circuits</a><a href="/">Trace</a><a href="/features">Features</a>
+</nav>
 <main id="page">{main}</main>
 <p id="status" role="status" class="unseen"></p>
 <script type="application/json" id="data">{data}</script>

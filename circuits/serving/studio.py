@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from circuits.changes import Change
 from circuits.errors import CircuitsError
 from circuits.feature_store import FeatureStore, default_store, writable
 from circuits.graph import Graph
@@ -20,7 +21,6 @@ from circuits.serving.work import Job
 from circuits.settings import TraceSettings
 from circuits.targets import Target, TokenDifference, parse_target, token_id
 from circuits.tracing import trace
-from circuits.changes import Change
 
 TOKENS = 8  # rows of the table of an intervention
 

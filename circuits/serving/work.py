@@ -1,7 +1,7 @@
 """Jobs that wait for the one model: a queue that can be full, one thread, progress, and stopping.
 
-A job is stopped through its progress callback, which the engine calls between blocks of its work: when its time is over,
-when somebody asked for it, and when the server goes down. What it had is dropped.
+A job is stopped through its progress callback, which the engine calls between blocks of its work: when its time is
+over, when somebody asked for it, and when the server goes down. What it had is dropped.
 """
 
 import queue

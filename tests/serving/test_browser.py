@@ -3,8 +3,10 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -13,6 +15,7 @@ import pytest
 from asking import PROMPT
 from browsers import chromium
 
+import circuits
 from circuits.graph import Graph
 
 Serving = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -52,9 +55,14 @@ def test_from_a_prompt_to_a_changed_model(browser: Any, serving: Serving, tmp_pa
     page.get_by_role("button", name="Trace").click()
     page.get_by_role("alert").filter(has_text="is not one token").wait_for()
     page.locator("#targets").fill("")
-    page.evaluate("() => { window.seen = []; new MutationObserver(() => seen.push(document.querySelector('.progress')"
-                  ".innerText)).observe(document.body, { subtree: true, childList: true, characterData: true }); }")  # fmt: skip
-    page.evaluate("() => addEventListener('pagehide', () => sessionStorage.setItem('seen', seen.join('|')))")
+    page.evaluate(
+        """() => {
+            const seen = [];
+            const look = new MutationObserver(() => seen.push(document.querySelector(".progress").innerText));
+            look.observe(document.body, { subtree: true, childList: true, characterData: true });
+            addEventListener("pagehide", () => sessionStorage.setItem("seen", seen.join("|")));
+        }"""
+    )
     page.get_by_role("button", name="Trace").click()
     page.wait_for_url("**/graphs/when-mary*")
     assert "tracing" in page.evaluate("() => sessionStorage.getItem('seen')")
@@ -140,11 +148,6 @@ def test_it_stops_at_once_while_a_trace_runs(serving: Serving, tmp_path: Path, s
 
 def test_a_graph_displays_itself_in_a_notebook(browser: Any, tmp_path: Path, model: Any) -> None:
     """Without IPython: one element, a frame cut off from the page around it, in which the viewer works."""
-    import sys
-    from dataclasses import replace
-
-    import circuits
-
     graph = circuits.trace(model, PROMPT)
     hostile = replace(graph, prompt='"></iframe><script>window.ran = true</script>')
     shown = hostile._repr_html_()

@@ -1,4 +1,4 @@
-"""Who is answered: hosts, origins, sizes, forms; and hostile names, prompts and files reach nothing outside the folder."""
+"""Who is answered: hosts, origins, sizes, forms; and hostile names and prompts reach nothing outside the folder."""
 
 import json
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from circuits.serving.guard import Guard, hostname
 from circuits.serving.shelf import NAME, Shelf, named
 
 HOSTILE = '</script><img src=x onerror="window.ran = true"><script>window.ran = true</script>'
-NAMES = ["../secret", "..", "%2e%2e/secret", "..%2fsecret", "/etc/passwd", "a/../../secret", "a\0b", ".hidden", "A", "-a",
-         "a-", "a b", "a.json", "a" * 200, "ä", "con:x", "link", "folder", "<b>"]  # fmt: skip
+NAMES = ["../secret", "..", "%2e%2e/secret", "..%2fsecret", "/etc/passwd", "a/../../secret", "a\0b", ".hidden", "A",
+         "-a", "a-", "a b", "a.json", "a" * 200, "ä", "con:x", "link", "folder", "<b>"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_long_requests_are_refused(make: Any) -> None:
     tokens = client.do("/api/traces", {"prompt": "a b c d e f g h i j k l m n o p q r s t u v w"})
     assert "this server takes 20" in tokens["error"]
     for bad in (b"{", b"[" * 100_000, b"\xff", b'"x"', b'{"prompt": 5}', b'{"prompt": "a", "node_threshold": NaN}',
-                b'{"prompt": "a", "x": 1}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "explain": "yes"}'):  # fmt: skip
+                b'{"prompt": "a", "x": 1}', b'{"prompt": "\\ud800"}', b'{"prompt": "a", "explain": 1}'):  # fmt: skip
         answer = client.post("/api/traces", content=bad, headers={"content-type": "application/json"})
         assert answer.status_code == 400, (bad[:40], answer.text)
     assert client.studio.shelf.names() == []
@@ -112,16 +112,12 @@ def test_hostile_names_reach_nothing(make: Any, tmp_path: Path) -> None:
     (tmp_path / "graphs" / "folder.json").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name in NAMES:
-        form = quote(name, safe="").replace(".", "%2E")  # a client would take dots out of a path by itself
-        for form in (form, form.replace("%2F", "/")):
-            try:
-                answers = [client.get(f"{place}/{form}") for place in ("/graphs", "/view", "/api/graphs")]
-                posts = [("rename", {"name": "x"}), ("delete", {}), ("annotations", {"qParams": {}}),
-                         ("interventions", {"changes": [{"nodes": ["a"], "how": "ablate"}]})]  # fmt: skip
-                answers += [client.post(f"/api/graphs/{form}/{what}", json=content) for what, content in posts]
-            except Exception as error:
-                assert "InvalidURL" in type(error).__name__, error  # not even the client sends it
-                continue
+        whole = quote(name, safe="").replace(".", "%2E")  # a client would take dots out of a path by itself
+        for form in (whole, whole.replace("%2F", "/")):
+            answers = [client.get(f"{place}/{form}") for place in ("/graphs", "/view", "/api/graphs")]
+            posts = [("rename", {"name": "x"}), ("delete", {}), ("annotations", {"qParams": {}}),
+                     ("interventions", {"changes": [{"nodes": ["a"], "how": "ablate"}]})]  # fmt: skip
+            answers += [client.post(f"/api/graphs/{form}/{what}", json=content) for what, content in posts]
             for answer in answers:
                 assert answer.status_code in (404, 405), (form, answer.status_code, answer.text)
                 assert "told" not in answer.text

@@ -115,7 +115,7 @@ def test_annotations_names_and_deletion(make: Any) -> None:
 
 
 def test_labels_are_saved_and_shown(make: Any, tmp_path: Any) -> None:
-    """A person's label goes into the user's own copy of the pages, onto the page, and into the viewer; and away again."""
+    """A person's label goes into the user's own copy of the pages, onto page and viewer; an empty one takes it away."""
     client = make()
     address = "/api/features/attention-sae.1/1360"
     automatic = client.get(address).json()

@@ -12,8 +12,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
+_started: list[Any] = []
+
+
 def chromium() -> Iterator[Any]:
-    """One browser context, closed afterwards: the body of a fixture."""
+    """One browser context for all folders of tests, closed by the one that began it: the body of a fixture."""
+    if _started:
+        yield _started[0]
+        return
     if CHROMIUM is None:
         pytest.skip("there is no Chromium; install Debian's package chromium (.ci/run does)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing; install the extra 'dev'")
@@ -21,5 +27,7 @@ def chromium() -> Iterator[Any]:
         started = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         context = started.new_context()
         context.set_default_timeout(5000)
+        _started.append(context)
         yield context
+        _started.clear()
         started.close()
