@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from circuits.errors import CircuitsError
     from circuits.estimating import Estimate, estimate
     from circuits.explaining import Explanation, explain
+    from circuits.feature_store import FeatureStore
     from circuits.generation import GeneratedText, generate
     from circuits.graph import Graph, GraphError
     from circuits.interventions import Bench, Change, Outcome, PatternChange, intervene
@@ -33,6 +34,7 @@ __all__ = [
     "Direction",
     "Estimate",
     "Explanation",
+    "FeatureStore",
     "FeatureTarget",
     "GeneratedText",
     "Graph",
@@ -64,6 +66,7 @@ _HOMES = {
     "Direction": "circuits.targets",
     "Estimate": "circuits.estimating",
     "Explanation": "circuits.explaining",
+    "FeatureStore": "circuits.feature_store",
     "FeatureTarget": "circuits.targets",
     "GeneratedText": "circuits.generation",
     "Graph": "circuits.graph",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from circuits import __version__
+from circuits.changes import Change
 from circuits.graph import KINDS, Edges, Graph, Heads, Nodes, cumulative_influence, edge_scores
 from circuits.hop_work import worth_splitting
 from circuits.hops import hop_splits
@@ -193,8 +194,10 @@ def _with_patterns(graph: Graph, sweep: Sweep, *tables: Loadings) -> Graph:
     return replace(graph, patterns=dict(sorted({**graph.patterns, **patterns}.items())))
 
 
-def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str, Any]:
-    """Metadata: versions, identities, settings, scores, the ledger, and which layers' attention is replaced."""
+def describe(
+    model: Model, traced: Traced, settings: TraceSettings, changes: Sequence[Change] = ()
+) -> dict[str, Any]:
+    """Metadata: versions, identities, settings, scores, the ledger, which layers' attention is replaced, changes."""
     import torch
     import transformers
 
@@ -226,6 +229,7 @@ def describe(model: Model, traced: Traced, settings: TraceSettings) -> dict[str,
         "left_out_influence": swept.left_out,
         "influence_total": float(swept.influence.sum()),
         **({} if rounding is None else {"products": asdict(rounding)}),
+        **({"changes": [asdict(change) for change in changes]} if changes else {}),
     }
 
 

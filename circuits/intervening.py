@@ -54,6 +54,8 @@ class RealRun:
         Each dictionary's chosen features on the recording.
     values
         (2, B, F): pre-activations and activations of what is watched, filled in as the run gets there.
+    keep_written
+        Keep what is added in a piece, (B, T, width) by site and whether before its post-norm, in `written`.
     """
 
     linear: LinearizedModel
@@ -62,6 +64,7 @@ class RealRun:
     values: Tensor
     held: Held = field(default_factory=Held)
     choice: Choice = "anew"
+    keep_written: bool = False
 
     def __post_init__(self) -> None:
         self.runs = {index: self._feature_run(index) for index in self.plan.features}
@@ -75,6 +78,7 @@ class RealRun:
         self.head_changes: dict[int, Tensor] = {}
         self.raw_changes: dict[Site, Tensor] = {}
         self.decoders: dict[tuple[int, Site], Tensor] = {}
+        self.written: dict[tuple[Site, bool], Tensor] = {}
 
     def _feature_run(self, index: int) -> FeatureRun:
         dictionary, recorded = self.linear.dictionaries[index], self.recorded[index]
@@ -154,6 +158,8 @@ class RealRun:
     def _raw_written(self, site: Site, like: Tensor) -> Tensor:
         """What features write before the post-norm of a site, (B, T, D)."""
         self.raw_changes[site] = self.added.pop((site, True), torch.zeros_like(like))
+        if self.keep_written:
+            self.written[site, True] = self.raw_changes[site]
         return self.raw_changes[site]
 
     def _written(self, site: Site, like: Tensor) -> Tensor:
@@ -165,6 +171,8 @@ class RealRun:
             here = here and vector.in_values == (site.name == "v")
             if here and self.first <= vector.position < self.first + like.shape[1]:
                 total[vector.row, vector.position - self.first] += vector.vector.to(total)
+        if self.keep_written:
+            self.written[site, False] = total
         return total
 
     def _keep_watched(self, index: int, step: Step) -> None:

@@ -230,7 +230,13 @@ def model_of(
 
 
 def check_fits(graph: Graph, model: Model) -> None:
-    """Refuse a model or replacements other than those that a graph was traced with, by their hashes."""
+    """Refuse a model or replacements other than those that a graph was traced with, by their hashes, and a graph of a
+    changed model."""
+    if changes := graph.metadata.get("changes"):
+        raise CircuitsError(
+            f"the graph was traced with {len(changes)} of its nodes changed; the model alone does not do what it "
+            "shows. Trace the prompt without changes"
+        )
     recorded = graph.metadata.get("model", {})
     if recorded.get("hash") != model.base.identity:
         raise CircuitsError(

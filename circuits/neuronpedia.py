@@ -18,20 +18,16 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException, HTTPMessage
-from typing import IO, Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import Any
 
 from circuits.errors import CircuitsError
 from circuits.graph import Graph
 from circuits.graph.formats.json_file import dumps
 from circuits.graph.formats.text import model_name, slug
+from circuits.web import Refused, send
 
 URL = "https://www.neuronpedia.org"
 KEY = "NEURONPEDIA_API_KEY"
-TIMEOUT = 60.0
 LARGEST = 100 * 2**20  # bytes of a graph, app/[modelId]/graph/utils.ts
 # Public dictionaries by the name that they have on the hub: model and source set (apps/graph/.../server.py).
 SOURCES = {
@@ -67,45 +63,17 @@ class Server:
         self._send("PUT", address, content, {"Content-Type": "application/json"})
 
     def _send(self, method: str, address: str, content: bytes, headers: dict[str, str]) -> bytes:
-        parts = urlsplit(address)
-        local = parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
-        shown = f"{parts.scheme}://{parts.netloc}{parts.path}"  # a signed address has secrets behind its ?
-        if parts.scheme != "https" and not local:
-            raise CircuitsError(f"{shown}: Neuronpedia is spoken to by https only")
         try:
-            request = Request(address, content, headers, method=method)
-            with build_opener(_NoRedirect).open(request, timeout=TIMEOUT) as answer:
-                found: bytes = answer.read()
-                return found
-        except HTTPError as error:
-            with error:
-                raise CircuitsError(self._without_key(_refusal(shown, error))) from None
-        except (OSError, HTTPException, ValueError) as error:
-            why = self._without_key(str(getattr(error, "reason", error)) or type(error).__name__)
-            raise Unreachable(f"{shown}: cannot be reached ({why}); try again where there is a network") from None
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
+            return send(method, address, content, headers, who="Neuronpedia", key=self.key)
+        except Refused as error:
+            raise CircuitsError(_refusal(error)) from None
 
 
-class Unreachable(CircuitsError):
-    """Nobody answered."""
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """Goes nowhere else: urllib would take the key along."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> None:
-        return None
-
-
-def _refusal(address: str, error: HTTPError) -> str:
+def _refusal(error: Refused) -> str:
     """What the server says of a question that it refuses."""
-    said, details = "", ""
-    with suppress(ValueError, OSError, HTTPException):
-        answer = json.loads(error.read())
+    said, details, address = "", "", error.address
+    with suppress(ValueError, AttributeError):
+        answer = json.loads(error.body)
         said = str(answer.get("error") or answer.get("message") or "")
         details = "; ".join(map(str, answer.get("details") or ()))[:300]
     if error.code in (401, 403):

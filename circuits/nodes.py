@@ -3,8 +3,9 @@
 Nodes are sorted by position, then depth, then feature, so the nodes of one position are one slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from circuits.replacements.dictionary import Active, Dictionary
 from circuits.replacements.movement import HeadLoading
 from circuits.replacements.sites import Site
 from circuits.replacements.weights import unmap
+
+# Of a dictionary's features, on one side ("own", "key", "query"): what they are once changes are held.
+Hold = Callable[[int, Literal["own", "key", "query"], Active], Active]
 
 ROWS = 1024  # decoder rows on their way at a time: they fit into the cache
 SHORT = 16  # decoder rows that are too few to be read alone
@@ -117,8 +121,13 @@ class _Block:
         return {*self.sites, *self.writes} | ({self.depth} if self.is_error and self.values is None else set())
 
 
-def build_nodes(linear: LinearizedModel, *, first_is_special: bool) -> NodeTable:
-    """Encode every dictionary on the recording and lay out nodes, writers, errors and constants."""
+def build_nodes(linear: LinearizedModel, *, first_is_special: bool, hold: Hold | None = None) -> NodeTable:
+    """Encode every dictionary on the recording and lay out nodes, writers, errors and constants.
+
+    hold
+        On the recording of a changed model (`circuits.held`): the changes of the features, which write what they are
+        held at, not what they read.
+    """
     recording = linear.recording
     n = recording.n_positions
     every = torch.arange(n, device=recording.token_ids.device)
@@ -126,7 +135,7 @@ def build_nodes(linear: LinearizedModel, *, first_is_special: bool) -> NodeTable
     blocks = [tokens]
     hidden: dict[int, Active] = {}
     for index, dictionary in enumerate(linear.dictionaries):
-        found = _feature_blocks(linear, index, dictionary)
+        found = _feature_blocks(linear, index, dictionary, hold or _unchanged)
         for block in found:
             if first_is_special:
                 if block.kind == "mtc_key":
@@ -160,10 +169,15 @@ def _drop_first(block: _Block) -> None:
     block.values = None if block.values is None else block.values[kept]
 
 
-def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary) -> list[_Block]:
+def _unchanged(index: int, side: Literal["own", "key", "query"], active: Active) -> Active:
+    return active
+
+
+def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary, hold: Hold) -> list[_Block]:
     """The features of one dictionary: one block, or key side and query side."""
     layer = dictionary.layer
-    active = dictionary.encode(linear.input_of(dictionary))
+    moves = isinstance(dictionary.moved_by, HeadLoading)
+    active = hold(index, "key" if moves else "own", dictionary.encode(linear.input_of(dictionary)))
     if not dictionary.is_held:
         unmap()
     if dictionary.read.site.name == "v":
@@ -172,9 +186,9 @@ def _feature_blocks(linear: LinearizedModel, index: int, dictionary: Dictionary)
         return [_Block("value_feature", index, layer, 2 * layer + 1, active, values=values)]
     blocks = []
     kind = "mlp_feature" if dictionary.read.site.name == "resid_mid" else "attention_feature"
-    if isinstance(dictionary.moved_by, HeadLoading):
+    if moves:
         blocks.append(_Block("mtc_key", index, layer, 2 * layer + 1, active))
-        active = dictionary.move(active, linear.recording.patterns[layer])
+        active = hold(index, "query", dictionary.move(active, linear.recording.patterns[layer]))
         kind = "mtc_query"
     sites = {write_depth(site): site for site in linear.writes_of(dictionary)}
     depth = min(sites, default=linear.read_depth(dictionary.read.site.name, layer))
@@ -198,6 +212,8 @@ def _summed(positions: Tensor, vectors: Tensor, n_positions: int) -> Tensor:
 def _value_error(linear: LinearizedModel, blocks: Sequence[_Block], layer: int) -> tuple[_Block, Tensor]:
     """Base values minus replacement values of a layer, and the values' constant (S, K x E): the decoder biases."""
     error = linear.attention[layer].read_values(linear.recording.resid_pre[layer])
+    if (added := linear.recording.values_added.get(layer)) is not None:
+        error = error + added
     constant = torch.zeros_like(error)
     for block in blocks:
         if block.values is not None and block.layer == layer:

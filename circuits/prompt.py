@@ -43,7 +43,7 @@ def prepare(model: BaseModel, prompt: str | Sequence[int], *, chat: bool = False
         raise CircuitsError(
             f"the prompt has {len(ids)} tokens, but {model.name} has a context of {model.shape.context}; shorten it"
         )
-    return Prompt(text, tuple(ids), tuple(token_texts(model, ids)), ids[0] in _special_ids(tokenizer, model))
+    return Prompt(text, tuple(ids), tuple(token_texts(model, ids)), ids[0] in special_ids(model))
 
 
 def read_prompt_file(path: Path) -> str:
@@ -59,6 +59,15 @@ def token_texts(model: BaseModel, ids: Sequence[int]) -> list[str]:
     if model.tokenizer is None:
         return [f"<{i}>" for i in ids]
     return [str(model.tokenizer.decode([i])) for i in ids]
+
+
+def special_ids(model: BaseModel) -> set[int]:
+    """The token ids that are special: as a first token they carry no feature and error nodes."""
+    if model.tokenizer is not None:
+        return {int(i) for i in model.tokenizer.all_special_ids}
+    config: Any = model.lm.config
+    found = (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None))
+    return {i for i in found if isinstance(i, int)}
 
 
 def single_token(model: BaseModel, text: str) -> int:
@@ -86,7 +95,7 @@ def _encode(model: BaseModel, text: str, chat: bool) -> list[int]:
         text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     front = _front_id(tokenizer)
-    if front is not None and not (ids and ids[0] in _special_ids(tokenizer, model)):
+    if front is not None and not (ids and ids[0] in special_ids(model)):
         ids.insert(0, front)
     return ids
 
@@ -96,11 +105,3 @@ def _front_id(tokenizer: Any) -> int | None:
         if (found := getattr(tokenizer, name, None)) is not None:
             return int(found)
     return None
-
-
-def _special_ids(tokenizer: Any, model: BaseModel) -> set[int]:
-    if tokenizer is not None:
-        return {int(i) for i in tokenizer.all_special_ids}
-    config: Any = model.lm.config
-    found = (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None))
-    return {i for i in found if isinstance(i, int)}

@@ -4,9 +4,9 @@ Shapes: L layers, S positions, D model width, H query heads, E head width.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from circuits.capturing import capturing
 from circuits.families import part
 from circuits.model import BaseModel
 from circuits.offload import room
-from circuits.replacements.sites import ReadSite
+from circuits.replacements.sites import ReadSite, Site
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Recording:
     position, the score's scale in the queries, before a soft cap. `attn_out` and `mlp_out` are what is added to the
     stream; where a post-norm stands before that, `attention_post_norms` and `mlp_post_norms` have it, and `attn_before`
     (L, S, D) is the attention output that it reads.
+
+    Of a run in which something was added, streams and outputs have it in them. Readers of an attention output read it
+    before: `attn_read` (L, S, D), None where nothing was added. `values_added` (S, K x E) is by layer.
     """
 
     token_ids: Tensor
@@ -74,6 +77,8 @@ class Recording:
     attention_post_norms: tuple[NormRecord, ...] = ()
     mlp_post_norms: tuple[NormRecord, ...] = ()
     attn_before: Tensor | None = None
+    attn_read: Tensor | None = None
+    values_added: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def n_positions(self) -> int:
@@ -94,7 +99,8 @@ class Recording:
 
     def read(self, read: ReadSite) -> Tensor:
         """What a dictionary reads, (S, d_read)."""
-        value: Tensor = getattr(self, read.site.name)[read.site.layer]
+        name = "attn_read" if read.site.name == "attn_out" and self.attn_read is not None else read.site.name
+        value: Tensor = getattr(self, name)[read.site.layer]
         if read.norm == "none":
             return value
         norm = self.norm_at(read.site.name, read.site.layer)
@@ -106,13 +112,31 @@ class Recording:
         return model.unembed(self.resid_final[position])
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is added while a prompt is recorded.
+
+    sites
+        (S, width) by site: `resid_pre.0`, `z.L`, `attn_out.L`, `mlp_out.L`, and `resid_post.L`.
+    raw
+        Likewise at `attn_out.L` and `mlp_out.L` before the post-norm that a family may have there.
+    values
+        (S, K x E) by layer; what that makes of the head outputs is in `sites` already.
+    """
+
+    sites: Mapping[Site, Tensor] = field(default_factory=dict)
+    raw: Mapping[Site, Tensor] = field(default_factory=dict)
+    values: Mapping[int, Tensor] = field(default_factory=dict)
+
+
 @torch.no_grad()
-def record(model: BaseModel, token_ids: Tensor) -> Recording:
+def record(model: BaseModel, token_ids: Tensor, added: Added | None = None) -> Recording:
     """Run the model once on token ids (S,) and keep streams, patterns and norm denominators in float32.
 
     Blocks stored in half precision are cast up one at a time, so the recording is a float32 computation
-    whatever the weights are stored in.
+    whatever the weights are stored in. With `added` it is one of a changed model (`circuits.held`).
     """
+    added = added or Added()
     family, blocks, home = model.family, model.blocks, model.device
     kept: dict[str, list[Tensor]] = defaultdict(list)
     handles = []
@@ -140,12 +164,15 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         for path in filter(None, (family.attention_post_norm, family.mlp_post_norm)):
             before(part(block, path), path)
     before(part(model.lm, family.final_norm), "final")
+    handles += _add(model, added)  # after those that keep: what is kept is before it
     inside = _Layers(len(blocks), home)
     embedding_module = part(model.lm, family.embedding)
     wanted = [f"{name}.{layer}" for name in ("q", "k", "pattern") for layer in range(len(blocks))]
     try:
         with cast_up(model), capturing(model, wanted, inside):
             embedding = embedding_module(token_ids[None]).float()
+            if (start := added.sites.get(Site("resid_pre", 0))) is not None:
+                embedding = embedding + start
             output = part(model.lm, family.trunk)(inputs_embeds=embedding, use_cache=False)
     finally:
         for handle in handles:
@@ -162,6 +189,7 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         return tuple(_norm(model, part(block, path), x) for block, x in zip(blocks, inputs, strict=True))
 
     before_post = kept[family.attention_post_norm or ""]
+    read = _count_in(stacked, before_post, added)
     return Recording(
         token_ids=token_ids,
         embedding=embedding[0],
@@ -173,8 +201,57 @@ def record(model: BaseModel, token_ids: Tensor) -> Recording:
         mlp_post_norms=norms(family.mlp_post_norm, kept[family.mlp_post_norm or ""]),
         final_norm=_norm(model, part(model.lm, family.final_norm), kept["final"][0]),
         resid_final=output.last_hidden_state[0].to(home, torch.float32),
+        attn_read=read,
+        values_added=dict(added.values),
         **stacked,
     )
+
+
+def _count_in(stacked: dict[str, Tensor], before_post: list[Tensor], added: Added) -> Tensor | None:
+    """Put what was added into the outputs that were kept before it; gives the attention outputs as readers read them.
+
+    What stands before a post-norm was kept with what was added there, and is for readers: that comes out.
+    """
+    if not (added.sites or added.raw):
+        return None
+    for layer, x in enumerate(before_post):
+        if (raw := added.raw.get(Site("attn_out", layer))) is not None:
+            before_post[layer] = x - raw
+    read, stacked["attn_out"] = stacked["attn_out"], stacked["attn_out"].clone()
+    for place, what in added.sites.items():
+        if place.name in ("attn_out", "mlp_out", "resid_post"):
+            stacked["attn_out" if place.name == "attn_out" else "mlp_out"][place.layer] += what
+    return read
+
+
+def _add(model: BaseModel, added: Added) -> list[Any]:
+    """Hooks that add at the sites."""
+    family, handles = model.family, []
+    places = {"attn_out": family.attention_out, "mlp_out": family.mlp_out, "resid_post": ""}
+    raw_places = {"attn_out": family.attention, "mlp_out": family.mlp}
+    found = [(site, what, places) for site, what in added.sites.items()]
+    found += [(site, what, raw_places) for site, what in added.raw.items()]
+    for site, what, paths in found:
+        block = model.blocks[site.layer]
+        if site.name == "z":
+            handles.append(part(block, family.attention_output).register_forward_pre_hook(_plus_input(what)))
+        elif site.name in paths:
+            path = paths[site.name]
+            handles.append((part(block, path) if path else block).register_forward_hook(_plus_output(what)))
+    return handles
+
+
+def _plus_input(what: Tensor) -> Callable[..., Any]:
+    return lambda _, args: (args[0] + what.view_as(args[0]).to(args[0]), *args[1:])
+
+
+def _plus_output(what: Tensor) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + what.view_as(output[0]).to(output[0]), *output[1:])
+        return output + what.view_as(output).to(output)
+
+    return hook
 
 
 class _Layers(dict[str, Tensor]):

@@ -63,7 +63,7 @@ def encode_batch(dictionary: Dictionary, x: Tensor, mask: Tensor, pattern: Tenso
             assert pattern is not None
             active = dictionary.move(active, pattern[c, :, :length, :length].float())
         writing.append(_shifted(active, c * n_positions))
-    return Encoded(_joined(sending), _joined(writing), inputs)
+    return Encoded(join_actives(sending), join_actives(writing), inputs)
 
 
 def rebuild(parts: Sequence[tuple[Dictionary, Encoded]], site: Site) -> Tensor:
@@ -104,7 +104,8 @@ def _shifted(active: Active, by: int) -> Active:
     return replace(active, positions=active.positions + by)
 
 
-def _joined(actives: Sequence[Active]) -> Active:
+def join_actives(actives: Sequence[Active]) -> Active:
+    """The entries of several, one after the other."""
     def column(name: str) -> Tensor:
         return torch.cat([getattr(active, name) for active in actives])
 

@@ -92,6 +92,10 @@ class DocumentSource:
             raise CircuitsError(f"a shuffle buffer of {self.buffer} documents is too small for {of} processes")
         return self._with(replace(self.part, number=number, of=of))
 
+    def from_start(self) -> "DocumentSource":
+        """The same documents, from the first on."""
+        return self._with(self.part)
+
     def _with(self, part: Part) -> "DocumentSource":
         return DocumentSource(self.texts, self.cut, buffer=self.buffer, seed=self.seed, part=part)
 

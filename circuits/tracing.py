@@ -10,9 +10,11 @@ import torch
 
 from circuits.assemble import Traced, build_graph, describe, with_heads, with_hops
 from circuits.best_first import BestFirst
+from circuits.changes import Change
 from circuits.errors import CircuitsError
 from circuits.graph import Graph, keep_nodes, prune_edges
 from circuits.head_steps import with_scores
+from circuits.held import hold
 from circuits.kernels.backend import products_of
 from circuits.linearize import LinearizedModel
 from circuits.loading import Model
@@ -33,6 +35,7 @@ def trace(
     targets: Sequence[Target] | None = None,
     settings: TraceSettings | None = None,
     progress: Progress | None = None,
+    changes: Sequence[Change] = (),
 ) -> Graph:
     """Trace a prompt to its attribution graph.
 
@@ -48,6 +51,9 @@ def trace(
         See `TraceSettings`.
     progress
         Called with (targets expanded, targets in all) as the sweep goes.
+    changes
+        Nodes to ablate or to scale, all together, while the model runs: the graph explains what the changed model
+        does (`circuits.held`). Its metadata has them as `changes`.
 
     Returns
     -------
@@ -64,7 +70,7 @@ def trace(
     prepared = prompt if isinstance(prompt, Prompt) else prepare(model.base, prompt)
     if targets is not None and not targets:
         raise CircuitsError("no target was given; leave targets out for the top tokens")
-    sweep = lay_out(model, prepared, [TopTokens()] if targets is None else targets)
+    sweep = lay_out(model, prepared, [TopTokens()] if targets is None else targets, changes)
     linear, table, listed = sweep.linear, sweep.table, sweep.targets
     rounding = None
     if settings.unpruned:
@@ -87,7 +93,7 @@ def trace(
         else:
             swept, rounding = in_float32(sweep, swept, kept & swept.expanded, products, collected.add)
     traced = Traced(linear, table, prepared, listed, swept, rounding)
-    graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings))
+    graph = build_graph(traced, kept, *collected.columns(), metadata=describe(model, traced, settings, changes))
     if not settings.unpruned:
         graph = prune_edges(graph, settings.edge_threshold)
     graph = with_heads(graph, sweep)
@@ -97,11 +103,13 @@ def trace(
 
 
 @torch.no_grad()
-def lay_out(model: Model, prompt: Prompt, targets: Sequence[Target]) -> Sweep:
+def lay_out(model: Model, prompt: Prompt, targets: Sequence[Target], changes: Sequence[Change] = ()) -> Sweep:
     """Everything that comes before the sweep: record, linearize, encode, choose targets (which may be none)."""
     recording = record(model.base, torch.tensor(prompt.token_ids, device=model.base.device))
     linear = LinearizedModel(model.base, model.replacements, recording)
     table = build_nodes(linear, first_is_special=prompt.first_is_special)
+    if changes:
+        linear, table = hold(model, linear, table, changes, first_is_special=prompt.first_is_special)
     return Sweep(linear, table, _target_list(linear, table, prompt, expand(linear, targets)))
 
 

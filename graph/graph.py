@@ -217,7 +217,7 @@ class Graph:
         return from_networkx(digraph)
 
     def save(self, path: str | Path) -> None:
-        """Write the graph in the format of the path's suffix: .json, .npz, .dot, .graphml or .svg.
+        """Write the graph in the format of the path's suffix: .json, .npz, .dot, .graphml, .svg or .html.
 
         The file is written whole or not at all, and the same graph gives the same bytes.
 
@@ -227,6 +227,12 @@ class Graph:
         from circuits.graph.formats import writer
 
         writer(path)(self, Path(path))
+
+    def _repr_html_(self) -> str | None:
+        """The viewer in a frame, for notebooks: cut off from the notebook's page, and with everything in it."""
+        from circuits.graph.formats.html_file import in_frame
+
+        return in_frame(self) if self.tokens else None
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:

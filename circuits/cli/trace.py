@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from circuits.prompt import Prompt
     from circuits.targets import Target
 
-FORMATS = ("json", "npz", "svg", "dot", "graphml")
+FORMATS = ("json", "npz", "svg", "html", "dot", "graphml")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,13 @@ class _Wanted:
 @click.option("--verify", type=click.IntRange(min=0),
               help="Ablate so many of the strongest nodes, and compare with the prediction; 0: all.")  # fmt: skip
 @click.option("--estimate", is_flag=True, help="Say what it would take, load no weights, write nothing.")
+@click.option("--features", "store", type=click.Path(path_type=Path),
+              help="Feature store that labels are taken from. Default: the embedded model's.")  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.svg, ..."
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.html, ..."
 )
-@click.option("--format", "formats", default="json,svg", show_default=True, help=f"Which files: {','.join(FORMATS)}.")
+@click.option("--format", "formats", default="json,svg,html", show_default=True,
+              help=f"Which files: {','.join(FORMATS)}.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No tables.")
 def command(**options: Any) -> None:
     """Trace PROMPT to an attribution graph in which every step between two tokens is visible.
@@ -89,6 +92,8 @@ def command(**options: Any) -> None:
         _make_folder(output)
 
     from circuits.cli.console import console, progress_bar, show_graph
+    from circuits.feature_store import store_of
+    from circuits.labels import label
     from circuits.loading import load
     from circuits.tracing import trace
 
@@ -109,6 +114,8 @@ def command(**options: Any) -> None:
 
         with progress_bar("ablating") as progress:
             graph = verify(model, graph, nodes=options["verify"] or None, progress=progress)
+    if (store := store_of(graph, options["store"])) is not None:
+        graph = label(graph, store).graph
     if output is not None:
         for suffix in formats:
             graph.save(output / f"graph.{suffix}")

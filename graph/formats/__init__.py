@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WRITERS = {
     ".dot": "circuits.graph.formats.dot_file",
     ".graphml": "circuits.graph.formats.graphml_file",
+    ".html": "circuits.graph.formats.html_file",
     ".json": "circuits.graph.formats.json_file",
     ".npz": "circuits.graph.formats.npz_file",
     ".svg": "circuits.graph.formats.svg_file",

@@ -109,7 +109,7 @@ def dumps(graph: Graph) -> str:
     parts = [
         f'"graph": {_text("graph", head)}',
         f'"metadata": {_text("metadata", _metadata(graph))}',
-        f'"qParams": {_text("qParams", {**VIEW, **_dict(graph.metadata.get("qParams"))})}',
+        f'"qParams": {_text("qParams", view(graph.metadata.get("qParams")))}',
         f'"nodes": {_lines("nodes", _nodes(graph, names))}',
         f'"links": {_lines("links", _links(graph, names))}',
         f'"qk": {_lines("qk", to_lists(graph))}',
@@ -132,8 +132,9 @@ def _text(name: str, value: object) -> str:
         ) from error
 
 
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def view(annotations: Any) -> dict[str, Any]:
+    """`qParams` as they are written: `VIEW` with a graph's own annotations, where it has any."""
+    return {**VIEW, **(annotations if isinstance(annotations, dict) else {})}
 
 
 def _lines(name: str, items: Iterable[dict[str, Any]]) -> str:

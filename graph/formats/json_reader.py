@@ -75,6 +75,7 @@ def _graph(content: dict[str, Any]) -> Graph:
         if (lost := next((link[end] for end in ("source", "target") if link[end] not in index), None)) is not None:
             raise GraphError(f"a link names {lost!r}, which is no node of the file. Trace the prompt again.")
     scores, pairs = from_lists(content.get("qk", []))
+    kept = {**{key: metadata[key] for key in head["metadata_keys"]}, **head["metadata_replaced"]}
     return Graph(
         prompt=head["prompt"],
         tokens=tuple(head["tokens"]),
@@ -90,8 +91,15 @@ def _graph(content: dict[str, Any]) -> Graph:
         pairs=pairs,
         **{table: _heads(links, table) for table in HEAD_TABLES},
         patterns={_layer_and_head(name): _pattern(rows) for name, rows in content["patterns"].items()},
-        metadata={**{key: metadata[key] for key in head["metadata_keys"]}, **head["metadata_replaced"]},
+        metadata={**kept, **_annotations(content.get("qParams"), kept.get("qParams"))},
     )
+
+
+def _annotations(shown: Any, known: Any) -> dict[str, Any]:
+    """What a viewer has pinned, grouped and named since the graph was written: it changes `qParams` alone."""
+    from circuits.graph.formats.json_file import view
+
+    return {"qParams": shown} if isinstance(shown, dict) and shown != view(known) else {}
 
 
 def _nodes(nodes: list[dict[str, Any]]) -> Nodes:

@@ -14,7 +14,7 @@ from circuits.graph.formats.text import visible
 
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
-_LIGHT = {
+LIGHT = {
     "paper": "#ffffff",
     "ink": "#1f2328",
     "quiet": "#6a7179",
@@ -28,7 +28,7 @@ _LIGHT = {
     "token": "#e3e6ea",
     "error": "#a4abb3",
 }
-_DARK = {
+DARK = {
     "paper": "#15181c",
     "ink": "#e4e7eb",
     "quiet": "#99a1aa",
@@ -89,8 +89,8 @@ def style_sheet() -> str:
 .circuits .mtc_key, .circuits .value_feature {{ stroke-width: 1.4; stroke-linejoin: round; }}
 .circuits .edge:hover {{ stroke-opacity: 1; stroke-width: 4; }}
 .circuits .node:hover {{ stroke-width: 2.5; }}"""
-    dark = _colours(_DARK, "  ")
-    return f"{shapes}\n{_colours(_LIGHT, '')}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+    dark = _colours(DARK, "  ")
+    return f"{shapes}\n{_colours(LIGHT, '')}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
 
 
 def text_width(text: str, size: float = 10.0) -> float:

@@ -56,11 +56,11 @@ def refused(result: tuple[int, str, str], *words: str) -> bool:
 
 def test_trace_on_the_default_predicts_the_name_and_writes_every_format(run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, printed, message = run("trace", PROMPT, "-o", out, "--format", "json,npz,svg,dot,graphml")
+    code, printed, message = run("trace", PROMPT, "-o", out, "--format", "json,npz,svg,html,dot,graphml")
     assert code == 0, message
     assert 'output " Mary"' in printed
     assert sorted(path.name for path in out.iterdir()) == [
-        f"graph.{suffix}" for suffix in ("dot", "graphml", "json", "npz", "svg")
+        f"graph.{suffix}" for suffix in ("dot", "graphml", "html", "json", "npz", "svg")
     ]
     data = json.loads((out / "graph.json").read_text())
     carried = [link for link in data["links"] if link.get("heads")]
@@ -74,8 +74,8 @@ def test_trace_on_the_default_predicts_the_name_and_writes_every_format(run, tmp
 
 def test_same_trace_twice_gives_the_same_bytes(run, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert run("trace", PROMPT, "-o", tmp_path / name, "--format", "json,npz,svg", "--quiet")[0] == 0
-    for suffix in ("json", "npz", "svg"):
+        assert run("trace", PROMPT, "-o", tmp_path / name, "--format", "json,npz,svg,html", "--quiet")[0] == 0
+    for suffix in ("json", "npz", "svg", "html"):
         assert (tmp_path / "a" / f"graph.{suffix}").read_bytes() == (tmp_path / "b" / f"graph.{suffix}").read_bytes()
 
 
@@ -87,6 +87,14 @@ def test_show_and_render_work_without_the_model(run, tmp_path: Path) -> None:
     assert max(map(len, printed.splitlines())) <= 80
     assert run("render", tmp_path / "graph.npz", "-o", tmp_path / "small.svg", "--node-threshold", 0.5)[0] == 0
     assert (tmp_path / "small.svg").read_text().startswith(("<svg", "<?xml"))
+    assert run("render", tmp_path / "graph.npz", "--format", "html")[0] == 0
+    assert (tmp_path / "graph.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    refused(run("render", tmp_path / "graph.npz", "-o", tmp_path / "x.svg", "--format", "html"), "do not agree")
+
+
+def test_trace_writes_a_page_beside_json_and_svg(run, tmp_path: Path) -> None:
+    assert run("trace", PROMPT, "-o", tmp_path / "out", "--quiet")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["graph.html", "graph.json", "graph.svg"]
 
 
 def test_targets_from_the_command_line(run, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from circuits.errors import CircuitsError
 from circuits.graph import Graph
 from circuits.labels import label
 from circuits.neuronpedia import Server, source_of, upload
+from circuits.neuronpedia_labels import NeuronpediaLabels
 
 GRAPH = Path(__file__).parents[1] / "data" / "neuronpedia" / "pruned.json"
 KEY = "sk-np-secret-0123456789"
@@ -267,7 +268,7 @@ def test_where_the_names_come_from(tmp_path: Path) -> None:
     with pytest.raises(CircuitsError, match="--source-set"):
         names("qwen3-4b", feature_details={"neuronpedia_source_set": "../../x"})
     with pytest.raises(CircuitsError, match="--source-set"):
-        label(Graph.load(GRAPH), Server("http://127.0.0.1:9"))
+        label(Graph.load(GRAPH), NeuronpediaLabels(Server("http://127.0.0.1:9")))
 
 
 def test_graphs_of_other_tools_are_shown_and_drawn(run, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_broken_npz_says_where(tmp_path: Path) -> None:
 
 def test_unknown_suffixes_and_missing_files(tmp_path: Path) -> None:
     """The message lists what there is."""
-    with pytest.raises(GraphError, match=r"\.pt; use one of \.dot, \.graphml, \.json"):
+    with pytest.raises(GraphError, match=r"\.pt; use one of \.dot, \.graphml, \.html, \.json"):
         hand_graph().save(tmp_path / "graph.pt")
     with pytest.raises(GraphError, match=r"cannot be read as \.svg"):
         Graph.load(tmp_path / "graph.svg")
@@ -334,3 +334,21 @@ def test_graphml_is_parsed_by_the_standard_library(tmp_path: Path) -> None:
     hostile_graph().save(tmp_path / "graph.graphml")
     root = ElementTree.parse(tmp_path / "graph.graphml").getroot()
     assert len(root.findall(".//{*}node")) == len(hostile_graph().nodes)
+
+
+def test_annotations_that_a_viewer_saved_are_read(tmp_path: Path) -> None:
+    """`qParams` changed by a viewer become the graph's own; untouched ones add nothing to it."""
+    path = tmp_path / "graph.json"
+    hand_graph().save(path)
+    assert "qParams" not in Graph.load(path).metadata
+    content = json.loads(path.read_text())
+    content["qParams"] |= {"pinnedIds": ["E_10_0"], "supernodes": [["start", "E_10_0"]]}
+    path.write_text(json.dumps(content))
+    back = Graph.load(path)
+    assert back.metadata["qParams"] == content["qParams"]
+    back.save(path)
+    assert Graph.load(path).metadata["qParams"] == content["qParams"]
+    assert json.loads(path.read_text())["qParams"] == content["qParams"]
+    partly = hand_graph(metadata={"qParams": {"pinnedIds": ["E_10_0"]}})
+    partly.save(path)
+    assert Graph.load(path).metadata["qParams"] == {"pinnedIds": ["E_10_0"]}
