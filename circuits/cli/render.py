@@ -14,6 +14,8 @@ FORMATS = ("svg", "html", "dot", "graphml", "json", "npz")
 @click.option("--format", "suffix", type=click.Choice(FORMATS), help="The format, when no file is named.")
 @click.option("--layout", type=click.Choice(["columns", "dot"]), default="columns", show_default=True,
               help="Of an SVG: a column for each token, or Graphviz's own.")  # fmt: skip
+@click.option("--features", "store", type=click.Path(path_type=Path),
+              help="Feature store, for the pages in HTML. Default: the embedded model's.")  # fmt: skip
 @click.option("--node-threshold", type=float, help="Prune again, tighter.")
 @click.option("--edge-threshold", type=float, help="Prune again, tighter.")
 def command(
@@ -21,6 +23,7 @@ def command(
     output: Path | None,
     suffix: str | None,
     layout: str,
+    store: Path | None,
     node_threshold: float | None,
     edge_threshold: float | None,
 ) -> None:
@@ -28,6 +31,8 @@ def command(
     if output is not None and suffix is not None and output.suffix.lower() != f".{suffix}":
         raise click.UsageError(f"--format {suffix} and the file {output.name} do not agree; give one of them")
     from circuits.cli.console import console
+    from circuits.cli.files import save
+    from circuits.feature_store import store_of
     from circuits.graph import Graph
     from circuits.graph.formats.svg_file import to_svg
     from circuits.graph.formats.whole_file import write_whole
@@ -43,5 +48,5 @@ def command(
     if layout == "dot" and path.suffix == ".svg":
         write_whole(path, to_svg(loaded, layout="dot").encode("utf-8"))
     else:
-        loaded.save(path)
+        save(loaded, path, store_of(loaded, store) if path.suffix.lower() == ".html" else None)
     console.print(f"wrote {path}")

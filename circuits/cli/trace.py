@@ -56,7 +56,7 @@ class _Wanted:
               help="Ablate so many of the strongest nodes, and compare with the prediction; 0: all.")  # fmt: skip
 @click.option("--estimate", is_flag=True, help="Say what it would take, load no weights, write nothing.")
 @click.option("--features", "store", type=click.Path(path_type=Path),
-              help="Feature store that labels are taken from. Default: the embedded model's.")  # fmt: skip
+              help="Feature store of labels and pages. Default: the embedded model's.")  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the files: graph.json, graph.html, ..."
 )
@@ -92,6 +92,7 @@ def command(**options: Any) -> None:
         _make_folder(output)
 
     from circuits.cli.console import console, progress_bar, show_graph
+    from circuits.cli.files import save
     from circuits.feature_store import store_of
     from circuits.labels import label
     from circuits.loading import load
@@ -118,7 +119,7 @@ def command(**options: Any) -> None:
         graph = label(graph, store).graph
     if output is not None:
         for suffix in formats:
-            graph.save(output / f"graph.{suffix}")
+            save(graph, output / f"graph.{suffix}", store)
     if not options["quiet"]:
         show_graph(graph)
         if options["verify"] is not None:
