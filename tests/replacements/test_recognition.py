@@ -6,10 +6,10 @@ from pathlib import Path
 
 import openmoss_files as of
 import pytest
+import test_circuit_tracer
 import test_clt_forge
 import test_clt_training
 import test_crosslayer_coding
-import test_formats
 import test_gemma_scope
 import test_gemma_scope_2
 import test_saelens
@@ -21,7 +21,7 @@ from circuits.replacements.loading import ADAPTERS
 
 
 def _native(folder: Path) -> None:
-    test_formats._transcoders(folder.with_name("source"))
+    test_circuit_tracer.write(folder.with_name("source"))
     native.save(load_replacement(folder.with_name("source")), folder)
 
 
@@ -36,7 +36,7 @@ def _saelens(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "native": _native,
-    "circuit_tracer": test_formats._transcoders,
+    "circuit_tracer": test_circuit_tracer.write,
     "openmoss": _openmoss,
     "saelens": _saelens,
     "clt_forge": test_clt_forge.write,

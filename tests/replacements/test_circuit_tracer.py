@@ -28,7 +28,7 @@ def _config(folder: Path, **more: object) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"model_name": "tiny"} | more))
 
 
-def _transcoders(folder: Path, *extra: str, **config: object) -> list[dict[str, Tensor]]:
+def write(folder: Path, *extra: str, **config: object) -> list[dict[str, Tensor]]:
     torch.manual_seed(0)
     shapes = {"W_enc": (F, D), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,)}
     more = {"activation_function.threshold": (F,), "W_skip": (D, D)}
@@ -74,7 +74,7 @@ def _run(replacement: Replacement, xs: list[Tensor]) -> dict[Site, Tensor]:
 
 @pytest.mark.parametrize("extra", [(), ("W_skip",), ("activation_function.threshold",)])
 def test_transcoders(tmp_path: Path, extra: tuple[str, ...]) -> None:
-    layers = _transcoders(tmp_path, *extra)
+    layers = write(tmp_path, *extra)
     replacement = load_replacement(tmp_path)
     replacement.check(L, D, 99, 99)
     xs = [torch.randn(T, D) for _ in range(L)]
@@ -90,7 +90,7 @@ def test_transcoders(tmp_path: Path, extra: tuple[str, ...]) -> None:
 
 
 def test_topk_keeps_negative_values_as_circuit_tracer_does(tmp_path: Path) -> None:
-    layers = _transcoders(tmp_path, activation="topk", k=10)
+    layers = write(tmp_path, activation="topk", k=10)
     x = torch.randn(T, D)
     active = load_replacement(tmp_path).dictionaries[0].encode(x)
     pre = x @ layers[0]["W_enc"].T + layers[0]["b_enc"]
@@ -128,7 +128,7 @@ def test_cross_layer_transcoder(tmp_path: Path, threshold: bool) -> None:
     ("hook", "norm"), [("mlp.hook_in", "full"), ("ln2.hook_normalized", "scale"), ("hook_resid_mid", "none")]
 )
 def test_input_hooks_and_places(tmp_path: Path, hook: str, norm: str) -> None:
-    _transcoders(tmp_path / "sub")
+    write(tmp_path / "sub")
     _config(tmp_path, feature_input_hook=hook, feature_output_hook="mlp.hook_out", subfolder="sub")
     by_subfolder = load_replacement(tmp_path)
     assert by_subfolder.dictionaries[2].read == ReadSite(Site("resid_mid", 2), norm)  # type: ignore[arg-type]
@@ -148,9 +148,9 @@ def test_decoders_are_read_by_rows_only(tmp_path: Path, monkeypatch: pytest.Monk
         whole.append(self.name)
         return read_all(self)
 
-    def count_rows(self: LazyTensor, index: Tensor, *, column: int | None = None) -> Tensor:
+    def count_rows(self: LazyTensor, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         rows_read.append((len(index), column))
-        return read_rows(self, index, column=column)
+        return read_rows(self, index, column=column, out=out)
 
     monkeypatch.setattr(LazyTensor, "all", count_all)
     monkeypatch.setattr(LazyTensor, "rows", count_rows)
@@ -163,7 +163,7 @@ def test_decoders_are_read_by_rows_only(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_native_there_and_back(tmp_path: Path, dtype: str) -> None:
-    _transcoders(tmp_path / "from", "W_skip", "activation_function.threshold")
+    write(tmp_path / "from", "W_skip", "activation_function.threshold")
     first = load_replacement(tmp_path / "from")
     first.training = {"steps": 3}
     native.save(first, tmp_path / "to", dtype)
@@ -242,7 +242,7 @@ def test_replacement_for_another_model(tmp_path: Path) -> None:
     ],
 )
 def test_missing_or_misshapen(tmp_path: Path, tensor: str, shape: tuple[int, ...] | None, message: str) -> None:
-    _transcoders(tmp_path)
+    write(tmp_path)
     tensors = load_file(tmp_path / "layer_1.safetensors")
     del tensors[tensor]
     if shape:
@@ -265,7 +265,7 @@ def test_missing_or_misshapen(tmp_path: Path, tensor: str, shape: tuple[int, ...
     ],
 )
 def test_bad_configuration(tmp_path: Path, config: dict[str, object], message: str) -> None:
-    _transcoders(tmp_path, **config)
+    write(tmp_path, **config)
     with pytest.raises(ReplacementError, match=message):
         load_replacement(tmp_path)
 
