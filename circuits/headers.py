@@ -25,8 +25,8 @@ def load_headers(
     """The same model and replacements as `circuits.load` finds, without a weight: to be estimated, and no more.
 
     What depends on weights is left out: the hash of the model that a replacement was trained on is not compared, and
-    TransformerLens's processing is not undone. A model on the hub need not be on this machine; its replacements must,
-    and are downloaded.
+    TransformerLens's processing is not undone. Of a model `owner/repo` on the hub only the configuration is downloaded;
+    a named revision, and replacements, are downloaded whole as for `load`.
 
     Raises
     ------

@@ -58,7 +58,7 @@ def test_of_the_default(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "It fits." in joined
     assert "hop splits" not in joined  # all attention is replaced
     assert "Not counted: --explain, --verify." in joined
-    assert "assumed" not in joined
+    assert "Nothing says" not in joined
 
 
 def test_what_does_not_fit_is_said_in_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_said_in_words(run: Run, monkeypatch: pytest.Monkey
     joined = " ".join(printed.split())
     assert "It does not fit." in joined
     assert "(--no-hops):" in joined
-    assert "assumed" in joined
+    assert "Nothing says how many features are active" in joined
     assert "It fits" not in joined
 
 
