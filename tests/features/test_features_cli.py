@@ -141,3 +141,21 @@ def test_what_is_wrong_is_said(run, text: Path, tmp_path: Path) -> None:
         assert "Traceback" not in message + printed
 
 
+
+
+def test_html_has_the_pages_of_its_graph(run, tmp_path: Path) -> None:
+    """What `trace` and `render` write to be read in a browser holds the embedded store's page of each feature there."""
+    assert run("trace", "Tom gave the ball to Mary", "-o", tmp_path, "--format", "json,html", "--quiet")[0] == 0
+    assert run("render", tmp_path / "graph.json", "-o", tmp_path / "again.html")[0] == 0
+    nodes = Graph.load(tmp_path / "graph.json").nodes
+    features = {
+        (dictionary, feature)
+        for dictionary, feature, there in zip(
+            nodes.dictionary.tolist(), nodes.feature.tolist(), nodes.is_feature.tolist(), strict=True
+        )
+        if there
+    }
+    for name in ("graph.html", "again.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        pages = json.loads(text.split('id="page-data">')[1].split("</script>")[0])
+        assert len(features) == len(pages) > 0
