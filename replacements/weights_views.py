@@ -24,8 +24,8 @@ def part(stored: Stored, index: int) -> Stored:
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """`inner` (F, D), row f multiplied by `factor[f]`."""
+class _Multiplied:
+    """`inner` (F, D) with its rows, or its columns, multiplied by `factor`."""
 
     inner: Rows
     factor: Tensor
@@ -37,6 +37,11 @@ class Scaled:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.inner.shape
+
+
+@dataclass(frozen=True)
+class Scaled(_Multiplied):
+    """`inner` (F, D), row f multiplied by `factor[f]`."""
 
     def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         found = self.inner.rows(index, column=column, out=out)
@@ -48,19 +53,8 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class ColumnScaled:
+class ColumnScaled(_Multiplied):
     """`inner` (F, D), column d multiplied by `factor[d]`."""
-
-    inner: Rows
-    factor: Tensor
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
 
     def rows(self, index: Tensor, *, column: int | None = None, out: Tensor | None = None) -> Tensor:
         found = self.inner.rows(index, column=column, out=out)
